@@ -1,0 +1,222 @@
+"""Recipes: frozen dataclasses, YAML for values, flags for overrides. The only file that knows pydantic and tyro."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter, ValidationError
+
+__all__ = [
+    "BY_KIND",  # noqa: F822  made by __getattr__
+    "RECIPES",
+    "RecipeError",
+    "Strict",
+    "find_recipe",
+    "flatten",
+    "from_dict",
+    "how",
+    "input_",
+    "load_recipe",
+    "packaged_recipes",
+    "parse",
+    "to_dict",
+    "to_yaml",
+]
+
+T = TypeVar("T")
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "BY_KIND":  # Late: pydantic costs 0.1 s, and `vit --help` must not pay for it.
+        from pydantic import Discriminator
+
+        return Discriminator("kind")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class Strict:
+    """Base of every recipe and config dataclass: an unknown key is an error."""
+
+    __slots__ = ()
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  pydantic reads a plain class attribute
+
+
+class RecipeError(ValueError):
+    """A recipe does not fit its dataclass; the message lists every problem."""
+
+
+def how(**options: Any) -> Any:
+    """A field that says how, not what: workers, prefetch, intervals, names. It is left out of the digest."""
+    return dataclasses.field(metadata={"how": True}, **options)
+
+
+def input_(**options: Any) -> Any:
+    """A field that refers to another stage's output. The digest takes what it refers to, not its text."""
+    return dataclasses.field(metadata={"input": True}, **options)
+
+
+def packaged_recipes() -> list[str]:
+    """Names of the recipes that ship with the package, such as "smoke/pretrain"."""
+    return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))
+
+
+def find_recipe(name_or_path: str | Path) -> Path:
+    """A path as it is, or the name of a packaged recipe."""
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    packaged = RECIPES / f"{name_or_path}.yaml"
+    if packaged.is_file():
+        return packaged
+    names = packaged_recipes()
+    near = difflib.get_close_matches(str(name_or_path), names, n=3, cutoff=0.4)
+    hint = f"; nearest: {', '.join(near)}" if near else ""
+    raise RecipeError(
+        f"recipe {str(name_or_path)!r} is neither a file nor a packaged recipe{hint}; `vit recipes` lists them all"
+    )
+
+
+def load_recipe(cls: type[T], name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> T:
+    """Read a recipe; `overrides` maps dotted field names to values and wins over the file."""
+    import yaml
+
+    path = find_recipe(name_or_path)
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of fields to values, got {type(values).__name__}")
+    for dotted, value in (overrides or {}).items():
+        *parents, leaf = dotted.split(".")
+        node = values
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise RecipeError(f"{path}: override {dotted!r} reaches into {parent!r}, which is a plain value")
+        node[leaf] = value
+    return from_dict(cls, values, str(path))
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "recipe") -> T:
+    """Check `values` against the dataclass; every problem at once, with the nearest right name."""
+    from pydantic import ValidationError
+
+    try:
+        checked: T = _adapter(cls).validate_python(dict(values))
+        return checked
+    except ValidationError as error:
+        problems = [f"  {line}" for line in _problems(cls, error)]
+        raise RecipeError("\n".join([f"{where}: {len(problems)} problem(s)", *problems])) from None
+
+
+def parse(cls: type[T], argv: Sequence[str], prog: str = "vit") -> T:
+    """`RECIPE [--dotted.flag value ...]`. Flags tune a recipe; they cannot change a `kind`. Exits 2 on a bad flag."""
+    import tyro
+
+    if not argv or argv[0].startswith("-"):
+        if "--help" in argv or "-h" in argv:
+            tyro.cli(cls, prog=f"{prog} RECIPE", args=["--help"], config=(tyro.conf.AvoidSubcommands,))
+        raise RecipeError(f"{prog} needs a recipe: a YAML path or the name of a packaged one; `vit recipes` lists them")
+    name, *flags = argv
+    default = load_recipe(cls, name)
+    if not flags:
+        return default
+    parsed = tyro.cli(cls, prog=f"{prog} {name}", args=flags, default=default, config=(tyro.conf.AvoidSubcommands,))
+    # Through the checks again: tyro builds the object itself and knows no pydantic constraint.
+    return from_dict(cls, to_dict(parsed), f"{name} {' '.join(flags)}")
+
+
+def to_dict(recipe: Any) -> dict[str, Any]:
+    """Plain JSON values of a recipe, nested as its dataclasses are."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        if isinstance(value, Mapping):
+            return {str(key): plain(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    result = plain(recipe)
+    assert isinstance(result, dict)
+    return result
+
+
+def flatten(recipe: Any) -> dict[str, Any]:
+    """Dotted names to plain values, for MLflow params and for comparing two recipes."""
+
+    def walk(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, Mapping) and value:
+            for key, item in value.items():
+                yield from walk(f"{prefix}.{key}" if prefix else str(key), item)
+        else:
+            yield prefix, value
+
+    return dict(walk("", recipe if isinstance(recipe, Mapping) else to_dict(recipe)))
+
+
+def to_yaml(recipe: Any) -> str:
+    import yaml
+
+    return yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True)
+
+
+@lru_cache(maxsize=64)
+def _adapter(cls: Any) -> TypeAdapter[Any]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(cls)
+
+
+def _problems(cls: type, error: ValidationError) -> Iterator[str]:
+    for problem in error.errors():
+        parts = [str(part) for part in problem["loc"]]
+        where = ".".join(parts)
+        kind = problem["type"]
+        if kind == "unexpected_keyword_argument":
+            names = _field_names(cls, parts[:-1])
+            near = difflib.get_close_matches(parts[-1], names, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
+            yield f"{where}: unknown key; {hint}"
+        elif kind in {"missing", "missing_argument", "missing_keyword_only_argument"}:
+            yield f"{where}: required, and not given"
+        elif kind == "value_error":
+            yield f"{where}: {problem['ctx']['error']}" if where else str(problem["ctx"]["error"])
+        else:
+            yield f"{where}: {problem['msg'][:1].lower()}{problem['msg'][1:]} (got {problem['input']!r})"
+
+
+def _field_names(cls: type, parents: Sequence[str]) -> list[str]:
+    """Field names of the dataclass that `parents` leads to; a union member is picked by its tag or tried in turn."""
+    owners: list[Any] = [cls]
+    for parent in parents:
+        following: list[Any] = []
+        for owner in owners:
+            if not dataclasses.is_dataclass(owner):
+                continue
+            hints = typing.get_type_hints(owner, include_extras=False)
+            if parent in hints:
+                following += _dataclasses_in(hints[parent])
+            elif re.fullmatch(r"[a-z0-9_]+", parent):  # pydantic puts the tag of a union member into the location
+                following.append(owner)
+        owners = following or owners
+    return sorted(
+        {field.name for owner in owners if dataclasses.is_dataclass(owner) for field in dataclasses.fields(owner)}
+    )
+
+
+def _dataclasses_in(hint: Any) -> list[Any]:
+    if dataclasses.is_dataclass(hint):
+        return [hint]
+    return [found for argument in typing.get_args(hint) for found in _dataclasses_in(argument)]
