@@ -112,7 +112,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "recipe") ->
     from pydantic import ValidationError
 
     try:
-        checked: T = _adapter(cls).validate_python(dict(values))
+        checked: T = _adapter(cls).validate_python(dict(values))  # type: ignore[arg-type]
         return checked
     except ValidationError as error:
         problems = [f"  {line}" for line in _problems(cls, error)]

@@ -1,4 +1,4 @@
-"""Identity: the same command returns, resumes or waits; deleting local files changes nothing; the result is the commit."""
+"""Identity: the same command returns, resumes or waits; the result object is the commit."""
 
 from __future__ import annotations
 
