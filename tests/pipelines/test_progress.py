@@ -8,7 +8,9 @@ from pipelines import progress as module
 from pipelines.progress import progress, say
 
 
-def test_plain_lines_name_done_total_and_fields(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_lines_name_done_total_and_fields(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "PLAIN_EVERY_SECONDS", 0.0)
     with progress("pretrain", 1000, "steps") as shown:
         shown.update(500, loss=0.123456, images_per_second=900)
