@@ -2,9 +2,9 @@
 
     python benchmarks/demo.py [--quick] [--seeds 0 1 2] [--output FILE]
 
-Wall seconds from the command to its end with the embedded stack not running, peak PSS over every process of the stack and
-the demo, accuracies as the demo itself reports them. `--quick` runs the tiny workflow `workflows/smoke` twice instead (under
-60 s) and so says nothing about accuracy. The last line is one JSON object {claim: number}.
+Wall seconds from the command to its end with the embedded stack not running, peak PSS over every process of the stack
+and the demo, accuracies as the demo itself reports them. `--quick` runs the tiny workflow `workflows/smoke` twice
+instead (under 60 s) and so says nothing about accuracy. The last line is one JSON object {claim: number}.
 """
 
 from __future__ import annotations
