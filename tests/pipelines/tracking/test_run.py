@@ -201,7 +201,7 @@ def test_no_server_at_the_start_is_a_clear_error(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("VIT_ROOT", str(tmp_path))
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    with pytest.raises(TrackingError, match="127.0.0.1:9 does not answer.*vit up"), track(attempt("0" * 64), 0):
+    with pytest.raises(TrackingError, match=r"127\.0\.0\.1:9 does not answer.*vit up"), track(attempt("0" * 64), 0):
         pass
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
     with pytest.raises(TrackingError, match="MLFLOW_TRACKING_URI is not set"), track(attempt("0" * 64), 0):
