@@ -109,7 +109,7 @@ class Accuracy:
         )
 
     def confusion(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """(label, prediction, count) of the cells that are not empty: a full matrix of 21k classes would take 3.5 GB."""
+        """(label, prediction, count) of the cells that are not empty: 21k classes in full would take 3.5 GB."""
         rows = self.predictions()
         cells, counts = np.unique(np.stack([rows.label, rows.prediction]), axis=1, return_counts=True)
         return cells[0], cells[1], counts.astype(np.int64)
@@ -120,7 +120,8 @@ def ranks(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.
     known = labels != UNKNOWN
     own = np.take_along_axis(logits, np.where(known, labels, 0)[:, None], axis=1)
     before = (logits > own) | ((logits == own) & (np.arange(logits.shape[1]) < labels[:, None]))
-    return np.where(known, before.sum(axis=1), logits.shape[1] + 5).astype(np.int32)
+    place: NDArray[np.int32] = np.where(known, before.sum(axis=1), logits.shape[1] + 5).astype(np.int32)
+    return place
 
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """Builds the folder of one model version: our pyfunc file, `vit_model` as it is now, and the weights as safetensors.
 
-Loading it needs `mlflow` and the requirements written into it (torch, numpy, safetensors, Pillow, simplejpeg). No pickle.
+Loading it needs `mlflow` and the requirements written into it (torch, numpy, safetensors, Pillow, simplejpeg), and no
+pickle.
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ def build_package(weights: Path, folder: Path, *, model_id: str, run_id: str) ->
     """Write the MLflow model folder `folder` and return it. The weights must carry their input and output spec."""
     import mlflow.pyfunc
     from mlflow.models import Model
+    from vit_model.preprocess import read_specs
 
     import vit_model
-    from vit_model.preprocess import read_specs
 
     check_safetensors(weights)
     _, input_spec, output_spec = read_specs(weights)

@@ -1,4 +1,4 @@
-"""The file that MLflow runs when somebody loads a registered version: image bytes in, class names and probabilities out.
+"""The file that MLflow runs when somebody loads a registered version: image bytes in, classes and probabilities out.
 
 It is copied into every version together with the `vit_model` of that day, so a version needs nothing of ours installed
 and keeps its behaviour. Our own stages read the safetensors instead and never run a version's code.
@@ -34,7 +34,8 @@ class ImageClassifier(PythonModel):
         with torch.inference_mode():
             logits = self.model(preprocess.normalize(images.to(self.device), self.input_spec)).logits.float()
             sigmoid = self.output_spec.activation == "sigmoid"
-            return (logits.sigmoid() if sigmoid else logits.softmax(-1)).cpu().numpy()
+            chances: np.ndarray = (logits.sigmoid() if sigmoid else logits.softmax(-1)).cpu().numpy()
+            return chances
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         top_k = min(int((params or {}).get("top_k", 5)), len(self.output_spec.class_names))
@@ -48,7 +49,12 @@ class ImageClassifier(PythonModel):
     def _rows(self, files: list[bytes], top_k: int) -> list[dict[str, Any]]:
         names = self.output_spec.class_names
         # An unreadable image is a row with an error, not an error for the whole request.
-        empty = {"prediction": None, "probability": float("nan"), "top_classes": [], "top_probabilities": []}
+        empty: dict[str, Any] = {
+            "prediction": None,
+            "probability": float("nan"),
+            "top_classes": [],
+            "top_probabilities": [],
+        }
         rows: list[dict[str, Any]] = [{**empty, "error": None} for _ in files]
         images: list[torch.Tensor] = []
         places: list[int] = []

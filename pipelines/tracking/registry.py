@@ -1,7 +1,7 @@
 """Model versions in MLflow: registered once per stage run, and read without ever running their code.
 
-A version carries its lineage as tags: stage run and digest, pretrain run and digest, corpus, code, metrics, sha256 of the
-weights. Aliases are moved in pipelines/promote.py alone.
+A version carries its lineage as tags: stage run and digest, pretrain run and digest, corpus, code, metrics, sha256 of
+the weights. Aliases are moved in pipelines/promote.py alone.
 """
 
 from __future__ import annotations
@@ -212,8 +212,12 @@ def _cell(text: str) -> str:
 
 def tag_version(version: VersionInfo, tags: Mapping[str, str]) -> None:
     client = connect()
-    for key, value in tags.items():
-        _ask(lambda key=key, value=value: client.set_model_version_tag(version.name, version.version, key, value))
+
+    def write() -> None:
+        for key, value in tags.items():
+            client.set_model_version_tag(version.name, version.version, key, value)
+
+    _ask(write)
 
 
 # Reading ------------------------------------------------------------------------------------------------------------
