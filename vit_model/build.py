@@ -23,9 +23,9 @@ def build_model(
     seed: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Model:
-    """head="mlp" is the head of pre-training; head_bias=-ln(num_classes) suits the sigmoid loss; device="meta" holds no numbers.
+    """head="mlp" is the head of pre-training; head_bias=-ln(num_classes) suits the sigmoid loss.
 
-    seed=None draws from torch's global generator.
+    device="meta" holds no numbers. seed=None draws from torch's global generator.
     """
     model = build_empty(config, num_classes, head)
     if str(device) == "meta":
@@ -45,7 +45,7 @@ def build_empty(config: ModelConfig, num_classes: int, head: HeadKind) -> Model:
 
 
 def replace_head(model: Model, num_classes: int, head: HeadKind = "linear", *, head_bias: float = 0.0) -> Model:
-    """Drop the old head whole, both layers of an MLP head (paper B.1.1), and attach a new one whose last layer is zero."""
+    """Drop the old head whole, both layers of an MLP head (paper B.1.1); the new one has a zero last layer."""
     parameter = next(model.parameters())
     new = Head(model.config.width, num_classes, head).to(device=parameter.device, dtype=parameter.dtype)
     if not parameter.is_meta:

@@ -1,11 +1,11 @@
-"""What a model is: frozen, JSON-able descriptions. A config plus a file of weights is a model, with no code in between."""
+"""What a model is: frozen, JSON-able descriptions. A config and a file of weights make a model."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 Resolution = int | tuple[int, int]
 HeadKind = Literal["linear", "mlp"]
@@ -15,7 +15,7 @@ HeadKind = Literal["linear", "mlp"]
 class ViTConfig:
     """A Vision Transformer (arXiv 2010.11929, section 3.1); with `stem`, a hybrid. The defaults are B/16."""
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     kind: Literal["vit"] = "vit"
     resolution: Resolution = 224  # image side in px, or (height, width)
@@ -87,8 +87,8 @@ class ViTConfig:
         """Pixels between neighbouring patches: the number in the name of a pure ViT."""
         if self.stem is None:
             return self.patch_size
-        return (
-            self.patch_size * 4 * 2 ** max(len(self.stem) - 1, 0)
+        return self.patch_size * (
+            4 << max(len(self.stem) - 1, 0)
         )  # root convolution 2, root pool 2, later stages 2 each
 
     @property
@@ -118,7 +118,8 @@ class ViTConfig:
         if height % self.stride or width % self.stride or min(height, width) < self.stride:
             near = [max(round(side / self.stride), 1) * self.stride for side in (height, width)]
             raise ValueError(
-                f"image of {height}x{width} px is not divisible into patches of {self.stride} px; nearest: {near[0]}x{near[1]}"
+                f"image of {height}x{width} px is not divisible into patches of {self.stride} px"
+                f"; nearest: {near[0]}x{near[1]}"
             )
         return height // self.stride, width // self.stride
 
@@ -127,7 +128,7 @@ class ViTConfig:
 class ResNetConfig:
     """A BiT ResNet (arXiv 1912.11370): pre-activation units, GroupNorm, weight standardisation."""
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     kind: Literal["resnet"] = "resnet"
     resolution: Resolution = (
@@ -155,7 +156,7 @@ class ResNetConfig:
     @property
     def width(self) -> int:
         """Length of pre_logits."""
-        return 256 * 2 ** (len(self.units) - 1) * self.width_factor
+        return (256 << (len(self.units) - 1)) * self.width_factor
 
 
 ModelConfig = ViTConfig | ResNetConfig

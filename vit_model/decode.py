@@ -1,4 +1,4 @@
-"""Image bytes -> uint8 pixels by stated rules, so that a picture has the same pixels in training, evaluation and serving.
+"""Image bytes -> uint8 pixels by stated rules, so that a picture has the same pixels wherever it is read.
 
 format      JPEG, PNG, WebP, GIF, BMP, TIFF by content, never by name; anything else is refused
 limits      100 MiB of bytes, 100 million pixels, checked before a pixel is decoded

@@ -30,10 +30,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Float[Tensor, "B N D"], packing: Packing | None = None) -> Float[Tensor, "B N D"]:
         B, N, D = x.shape
-        # unbind(2), not permute and unbind(0): the gradients of q, k and v then stack into qkv's own layout without a copy.
+        # unbind(2), not permute and unbind(0): the gradients then stack into qkv's own layout without a copy.
         q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, -1).unbind(2)  # each (B, N, A, D/A)
         if packing is None:
-            return self.out(self.attend(q, k, v).reshape(B, N, D))
+            x = self.out(self.attend(q, k, v).reshape(B, N, D))
+            return x
         parts = []
         start = 0
         for length, count in packing:  # images of one length are one dense batch: no mask, no padding
@@ -41,7 +42,8 @@ class Attention(nn.Module):
             q_part, k_part, v_part = (y[:, start:stop].view(count, length, self.num_heads, -1) for y in (q, k, v))
             parts.append(self.attend(q_part, k_part, v_part).reshape(1, length * count, D))
             start = stop
-        return self.out(torch.cat(parts, dim=1))
+        x = self.out(torch.cat(parts, dim=1))
+        return x
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, N, A, D/A) each; the fused kernel."""
@@ -54,11 +56,12 @@ class Attention(nn.Module):
     def first(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B 1 D"]:
         """The output of token 0 alone: one query, all keys and values."""
         B, N, D = x.shape
-        q_bias, kv_bias = (None, None) if self.qkv.bias is None else self.qkv.bias.split((D, 2 * D))
-        q_weight, kv_weight = self.qkv.weight.split((D, 2 * D))
+        q_bias, kv_bias = (None, None) if self.qkv.bias is None else torch.split(self.qkv.bias, [D, 2 * D])
+        q_weight, kv_weight = torch.split(self.qkv.weight, [D, 2 * D])
         q = F.linear(x[:, :1], q_weight, q_bias).view(B, 1, self.num_heads, -1)
         k, v = F.linear(x, kv_weight, kv_bias).view(B, N, 2, self.num_heads, -1).unbind(2)
-        return self.out(self.attend(q, k, v).reshape(B, 1, D))
+        x = self.out(self.attend(q, k, v).reshape(B, 1, D))
+        return x
 
     def explicit(self, x: Float[Tensor, "B N D"]) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B A N N"]]:
         """The same by equations 6-8 with the softmax in fp32, which also gives the probabilities; no dropout."""
@@ -87,7 +90,8 @@ class Mlp(nn.Module):
         x = F.gelu(self.dense1(x), approximate=self.approximate)
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
-        return self.dense2(x)
+        x = self.dense2(x)
+        return x
 
 
 class Block(nn.Module):
@@ -130,7 +134,7 @@ class Block(nn.Module):
         return self.finish(self.mlp(self.norm2(x)), self.layer_scale2)
 
     def dropped(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        """Stochastic depth (arXiv 1603.09382) that does not compute what it drops; the kept share is fixed, so shapes are too."""
+        """Stochastic depth (arXiv 1603.09382) that does not compute what it drops; it drops a fixed share."""
         B = x.shape[0]
         kept = B - int(self.drop_path * B)
         if kept == B:  # too few images to leave a whole one out
@@ -145,7 +149,7 @@ class Block(nn.Module):
         return x if scale is None else x * scale
 
     def explicit(self, x: Float[Tensor, "B N D"]) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B A N N"]]:
-        """The block on the explicit attention path, and its attention probabilities; for analysis, so nothing is dropped."""
+        """The block on the explicit attention path, and its probabilities; for analysis, so nothing is dropped."""
         y, probabilities = self.attention.explicit(self.norm1(x))
         x = x + (y if self.layer_scale1 is None else y * self.layer_scale1)
         y = self.mlp(self.norm2(x))

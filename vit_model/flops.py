@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from vit_model.config import HeadKind, ModelConfig, Resolution, ResNetConfig, ViTConfig, pair
+from vit_model.config import HeadKind, ModelConfig, ResNetConfig, Resolution, ViTConfig, pair
 
 
 def forward_macs(
     config: ModelConfig, num_classes: int = 1000, head: HeadKind = "linear", resolution: Resolution | None = None
 ) -> int:
-    """MACs per image: matrix products and convolutions; norms, softmax and GELU are not counted (they add under 1 %)."""
+    """MACs per image of matrix products and convolutions; norms, softmax and GELU are not counted."""
     size = config.size if resolution is None else pair(resolution)
     body = resnet_macs(config, size) if isinstance(config, ResNetConfig) else vit_macs(config, size)
     hidden = config.width**2 if head == "mlp" else 0

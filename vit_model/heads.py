@@ -12,7 +12,7 @@ from vit_model.shapes import Float
 
 
 class Head(nn.Module):
-    """Linear (fine-tuning) or, with one tanh hidden layer as wide as the model, the head of pre-training (paper section 3.2)."""
+    """Linear (fine-tuning) or, with one tanh hidden layer as wide as the model, as in pre-training (paper 3.1)."""
 
     def __init__(self, width: int, num_classes: int, kind: HeadKind = "linear") -> None:
         super().__init__()
@@ -50,4 +50,5 @@ class AttentionPool(nn.Module):
         k, v = self.key_value(x).view(B, N, 2, self.num_heads, -1).unbind(2)
         x = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, A, 1, D/A)
         x = self.out(x.reshape(B, D))
-        return x + self.mlp(self.norm(x))
+        x = x + self.mlp(self.norm(x))
+        return x

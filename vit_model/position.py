@@ -1,4 +1,4 @@
-"""Position embeddings: the fixed sine-cosine grid, and resizing a learned grid or a patch kernel to another resolution."""
+"""Position embeddings: the fixed sine-cosine grid, and resizing a learned grid or a patch kernel."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ def square_grid(num_rows: int, num_prefix: int) -> Grid:
 def resize_matrix(old: Grid, new: Grid) -> Float[Tensor, "M N"]:
     """The linear map from a flattened patch of one size to the same patch resized (bilinear, antialiased)."""
     basis = torch.eye(old[0] * old[1], dtype=torch.float64).view(-1, 1, *old)
-    return F.interpolate(basis, size=new, mode="bilinear", align_corners=False, antialias=True).flatten(1).T
+    basis = F.interpolate(basis, size=new, mode="bilinear", align_corners=False, antialias=True)
+    return torch.flatten(basis, 1).T
 
 
 def resize_patch_kernel(kernel: Float[Tensor, "D C p q"], new: Grid) -> Float[Tensor, "D C P Q"]:

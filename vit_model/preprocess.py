@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,9 @@ __all__ = ["ImageError", "InputSpec", "OutputSpec", "decode_image", "load_image"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InputSpec:
-    """How bytes become a tensor. mean and std are in units of the 0..1 range: 0.5 and 0.5 give -1..1 as in the paper's code."""
+    """How bytes become a tensor. mean and std are in units of 0..1: 0.5 and 0.5 give -1..1 as in the paper's code."""
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     version: Literal[1] = 1
     channels: int = 3
@@ -67,7 +67,7 @@ class InputSpec:
 class OutputSpec:
     """What the logits mean."""
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     version: Literal[1] = 1
     class_names: tuple[str, ...]

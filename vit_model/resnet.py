@@ -1,4 +1,4 @@
-"""BiT ResNets (arXiv 1912.11370), the convolutional baselines of the paper: pre-activation, GroupNorm, weight standardisation."""
+"""BiT ResNets (arXiv 1912.11370), the paper's baselines: pre-activation, GroupNorm, weight standardisation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from vit_model.config import HeadKind, ResNetConfig
 from vit_model.features import Features
 from vit_model.heads import Head
-from vit_model.shapes import Float
+from vit_model.shapes import Float, check_images
 from vit_model.stem import GROUPS, StdConv2d
 
 
@@ -27,7 +27,8 @@ class PreActBottleneck(nn.Module):
         shortcut = x if self.shortcut is None else self.shortcut(y)
         y = F.relu(self.norm2(self.conv1(y)), inplace=True)
         y = F.relu(self.norm3(self.conv2(y)), inplace=True)
-        return shortcut + self.conv3(y)
+        x = shortcut + self.conv3(y)
+        return x
 
 
 class ResNet(nn.Module):
@@ -40,7 +41,7 @@ class ResNet(nn.Module):
         self.conv = std_conv(config.channels, inputs, 7, 2, config)
         self.stages = nn.ModuleList()
         for i, num_units in enumerate(config.units):
-            units = nn.ModuleList()
+            units = nn.Sequential()
             middle = 64 * config.width_factor * 2**i
             for j in range(num_units):
                 units.append(PreActBottleneck(inputs, middle, 2 if i and not j else 1, not j, config))
@@ -51,14 +52,7 @@ class ResNet(nn.Module):
 
     def forward(self, images: Float[Tensor, "B C H W"], tokens: bool = True, blocks: bool = False) -> Features:
         """The tokens of a ResNet are the positions of its last feature map; its blocks are its stages."""
-        if images.ndim != 4 or images.shape[1] != self.config.channels:
-            raise ValueError(
-                f"images have shape {tuple(images.shape)}; this model takes (batch, {self.config.channels}, height, width)"
-            )
-        if not images.dtype.is_floating_point:
-            raise ValueError(
-                f"images are {images.dtype}; this model takes floating point: normalise first (vit_model.preprocess)"
-            )
+        check_images(images, self.config.channels)
         x = self.conv(images)
         # No ReLU before this pool, so padding with zeros and with -inf differ where a whole window is negative.
         x = (
@@ -68,8 +62,7 @@ class ResNet(nn.Module):
         )
         states: list[Tensor] = []
         for stage in self.stages:
-            for unit in stage:
-                x = unit(x)
+            x = stage(x)
             if blocks:
                 states.append(x.flatten(2).transpose(1, 2))
         x = F.relu(self.norm(x), inplace=True)

@@ -1,4 +1,4 @@
-"""The ResNet stem of the hybrids: post-activation bottlenecks, weight standardisation, GroupNorm, TensorFlow's SAME padding."""
+"""The ResNet stem of the hybrids: post-activation, weight standardisation, GroupNorm, TensorFlow's SAME padding."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ GROUPS = 32
 class StdConv2d(nn.Conv2d):
     """A convolution with its kernel standardised per output channel (arXiv 1903.10520), without bias.
 
-    Three codebases have three epsilons: the hybrids divide by (std + 1e-5), BiT by sqrt(var + 1e-10), timm by sqrt(var + 1e-8).
+    Three codebases, three epsilons: the hybrids divide by std + 1e-5, BiT by sqrt(var + 1e-10), timm by
+    sqrt(var + 1e-8).
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class StdConv2d(nn.Conv2d):
 
 
 def pad_same(x: Tensor, kernel: int, stride: int, value: float) -> Tensor:
-    """TensorFlow's SAME: what is odd goes after; for stride 2 on an even side a 3x3 kernel gets 0 before and 1 after."""
+    """TensorFlow's SAME: what is odd goes after; at stride 2 on an even side a 3x3 kernel gets 0 before, 1 after."""
     pads: list[int] = []
     for side in (x.shape[3], x.shape[2]):
         total = max((-(-side // stride) - 1) * stride + kernel - side, 0)
@@ -78,10 +79,10 @@ class ResNetStem(nn.Module):
         super().__init__()
         width = config.stem_width
         self.conv, self.norm = std_conv(config.channels, width, 7, 2, config), group_norm(width, config)
-        self.stages = nn.ModuleList()
+        self.stages = nn.Sequential()
         self.out_channels = width
         for i, num_units in enumerate(config.stem or ()):
-            units = nn.ModuleList()
+            units = nn.Sequential()
             for j in range(num_units):
                 units.append(Bottleneck(self.out_channels, width * 2**i, 2 if i and not j else 1, config))
                 self.out_channels = 4 * width * 2**i
@@ -90,9 +91,7 @@ class ResNetStem(nn.Module):
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
         x = F.relu(self.norm(self.conv(x)), inplace=True)
         x = F.max_pool2d(pad_same(x, 3, 2, 0.0), 3, 2)  # after a ReLU zeros pad like -inf
-        for stage in self.stages:
-            for unit in stage:
-                x = unit(x)
+        x = self.stages(x)
         return x
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from vit_model.config import ModelConfig, ResNetConfig, ViTConfig
 
-# size: (width, depth, mlp_dim, num_heads). Sources: arXiv 2010.11929 table 1, 2106.04560 table 2, big_vision models/vit.py.
+# size: (width, depth, mlp_dim, num_heads). arXiv 2010.11929 table 1, 2106.04560 table 2, big_vision models/vit.py.
 SIZES = {
     "mu": (32, 1, 128, 2),
     "Ti": (192, 12, 768, 3),

@@ -1,8 +1,9 @@
-"""The Vision Transformer and its hybrids, arXiv 2010.11929 section 3.1: image -> patches -> encoder -> one vector -> logits."""
+"""The Vision Transformer and its hybrids (arXiv 2010.11929, section 3.1): patches, encoder, one vector, logits."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from vit_model.encoder import Block, Packing
 from vit_model.features import Features
 from vit_model.heads import AttentionPool, Head
 from vit_model.position import resize_grid, sincos2d
-from vit_model.shapes import Float
+from vit_model.shapes import Float, check_images
 from vit_model.stem import ResNetStem
 
 
@@ -24,9 +25,8 @@ class ViT(nn.Module):
     def __init__(self, config: ViTConfig, num_classes: int, head: HeadKind = "linear") -> None:
         super().__init__()
         self.config = config
-        self.activation_checkpointing = (
-            False  # recompute each block in the backward pass: less memory, a third more time
-        )
+        # Recompute each block in the backward pass: less memory for a third more time.
+        self.activation_checkpointing = False
         self.stem = None if config.stem is None else ResNetStem(config)
         in_channels = config.channels if self.stem is None else self.stem.out_channels
         self.patch_embedding = nn.Conv2d(in_channels, config.width, config.patch_size, stride=config.patch_size)
@@ -53,9 +53,10 @@ class ViT(nn.Module):
     ) -> Features:
         """Images may be of any size that the patch divides.
 
-        tokens=False leaves out the tokens that nobody reads: with pool="token" the last block then computes the class token
-        alone (7 % of B/16, the same logits). blocks and attention ask for more; attention takes the slower explicit path. A list
-        of (C, H, W) images of different sizes is packed into one row without padding; its Features have no tokens.
+        tokens=False leaves out the tokens that nobody reads: with pool="token" the last block then computes the
+        class token alone (7 % of B/16 saved, the same logits). blocks and attention ask for more; attention takes the
+        slower explicit path. A list of (C, H, W) images of different sizes is packed into one row without padding;
+        its Features have no tokens.
         """
         if not isinstance(images, Tensor):
             return self.forward_packed(images)
@@ -67,7 +68,7 @@ class ViT(nn.Module):
         probabilities: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             if attention:
-                x, probability = block.explicit(x)
+                x, probability = cast(Block, block).explicit(x)
                 probabilities.append(probability)
             else:
                 x = self.run_block(block, x, None, first_only and i == len(self.blocks) - 1)
@@ -91,9 +92,11 @@ class ViT(nn.Module):
 
     def embed_patches(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"]:
         """The patch embeddings alone, in raster order."""
-        check_images(images, self.config)
+        check_images(images, self.config.channels)
+        self.config.grid_of(images.shape[2], images.shape[3])
         x = images if self.stem is None else self.stem(images)
-        return self.patch_embedding(x).flatten(2).transpose(1, 2)
+        x = self.patch_embedding(x)  # (B, D, h, w)
+        return torch.flatten(x, 2).transpose(1, 2)
 
     def add_position(self, patches: Float[Tensor, "B N D"], grid: tuple[int, int]) -> Float[Tensor, "B M D"]:
         position, prefix = self.position(grid), self.prefix()
@@ -109,7 +112,7 @@ class ViT(nn.Module):
 
     def prefix(self) -> Tensor | None:
         """Class token, then registers: (1, num_prefix, D)."""
-        parts = [token for token in (self.class_token, self.registers) if token is not None]
+        parts: list[Tensor] = [token for token in (self.class_token, self.registers) if token is not None]
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0] if parts else None
 
     def position(self, grid: tuple[int, int]) -> Tensor | None:
@@ -117,11 +120,13 @@ class ViT(nn.Module):
         if self.config.position == "none":
             return None
         if self.position_embedding is None:
-            return self.sincos if grid == self.config.grid else sincos2d(grid, self.config.width).to(self.sincos)
+            fixed = self.get_buffer("sincos")
+            return fixed if grid == self.config.grid else sincos2d(grid, self.config.width).to(fixed)
         if grid == self.config.grid:
             return self.position_embedding
         prefix = self.config.num_prefix if self.config.position_prefix else 0
-        rows = self.position_embedding[:, prefix:].float().unflatten(1, self.config.grid).permute(0, 3, 1, 2)
+        h, w = self.config.grid
+        rows = self.position_embedding[:, prefix:].float().view(1, h, w, -1).permute(0, 3, 1, 2)
         rows = resize_grid(rows, grid, "google").flatten(2).transpose(1, 2).to(self.position_embedding.dtype)
         return torch.cat([self.position_embedding[:, :prefix], rows], dim=1)
 
@@ -136,20 +141,25 @@ class ViT(nn.Module):
 
     def run_block(self, block: nn.Module, x: Tensor, packing: Packing | None, first_only: bool) -> Tensor:
         if self.activation_checkpointing and self.training:
-            return checkpoint(block, x, packing, first_only, use_reentrant=False)
-        return block(x, packing, first_only)
+            x = checkpoint(block, x, packing, first_only, use_reentrant=False)
+        else:
+            x = block(x, packing, first_only)
+        return x
 
     def pooled(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B D"]:
         if self.config.pool == "token":
             return x[:, 0]
         x = x[:, self.config.num_prefix :]
         if self.pool is not None:
-            return self.pool(x)
-        x = x.mean(dim=1)
-        return self.norm(x) if self.config.pool_norm == "after" else x
+            x = self.pool(x)
+        else:
+            x = x.mean(dim=1)
+            if self.config.pool_norm == "after":
+                x = self.norm(x)
+        return x
 
     def forward_packed(self, images: Sequence[Float[Tensor, "C H W"]]) -> Features:
-        """NaViT's packing (arXiv 2307.06304) without its masks: one row of tokens, attention by groups of one length."""
+        """NaViT's packing (arXiv 2307.06304) without its masks: one row of tokens, attention by groups of a length."""
         order: dict[tuple[int, ...], list[int]] = {}
         for i, image in enumerate(images):
             order.setdefault(tuple(image.shape), []).append(i)
@@ -174,15 +184,3 @@ def drop_path_rates(config: ViTConfig) -> list[float]:
     if config.drop_path_schedule == "constant":
         return [config.drop_path] * config.depth
     return [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
-
-
-def check_images(images: Tensor, config: ViTConfig) -> None:
-    if images.ndim != 4 or images.shape[1] != config.channels:
-        raise ValueError(
-            f"images have shape {tuple(images.shape)}; this model takes (batch, {config.channels}, height, width)"
-        )
-    if not images.dtype.is_floating_point:
-        raise ValueError(
-            f"images are {images.dtype}; this model takes floating point: normalise first (vit_model.preprocess)"
-        )
-    config.grid_of(images.shape[2], images.shape[3])

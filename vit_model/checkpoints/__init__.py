@@ -33,8 +33,9 @@ def load_model(
 ) -> Model:
     """The model that a file of weights describes.
 
-    num_classes drops the file's head, whatever it is, and attaches a new zero head (fine-tuning); without it the head stays.
-    resolution interpolates the position embedding. overrides are config fields, such as dropout=0.1.
+    num_classes drops the file's head, whatever it is, and attaches a new zero head (fine-tuning); without it
+    the file's head stays. resolution interpolates the position embedding. overrides are config fields, such as
+    dropout=0.1.
     """
     if head is not None and num_classes is None:
         raise ValueError(f"head={head!r} has no effect without num_classes; give the number of classes of the new head")
@@ -57,8 +58,9 @@ def load_weights(
 ) -> None:
     """Fill a model from a file that must describe the same model.
 
-    accept names the differences that are wanted: "head" (keep the model's own), "grid" (interpolate positions), "missing",
-    "unused", or a config field such as "gelu" or "layer_norm_eps". overrides tell what a file does not, such as num_heads.
+    accept names the differences that are wanted: "head" (keep the model's own), "grid" (interpolate positions),
+    "missing", "unused", or a config field such as "gelu" or "layer_norm_eps". overrides tell what a file does not,
+    such as num_heads.
     """
     loaded = read_weights(Path(path), overrides)
     fit(model, loaded, path, accept=accept, position_method=position_method)

@@ -12,7 +12,7 @@ from vit_model.preprocess import InputSpec, OutputSpec
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The config is what the file says or its format implies (Google: tanh GELU; timm: exact), so it can be compared."""
+    """The config is what the file says or its format implies (Google: tanh GELU; timm: exact): comparable."""
 
     format: str
     tensors: dict[str, Tensor]

@@ -87,7 +87,8 @@ def head_difference(model: Model, loaded: Loaded) -> str | None:
     head = model.head
     if (loaded.head, loaded.num_classes) == (head.kind, head.num_classes):
         return None
-    return f"head is {loaded.head} with {loaded.num_classes} classes in the file, {head.kind} with {head.num_classes} in the model"
+    theirs, ours = f"{loaded.head} with {loaded.num_classes}", f"{head.kind} with {head.num_classes}"
+    return f"head is {theirs} classes in the file and {ours} in the model"
 
 
 def fit_position(

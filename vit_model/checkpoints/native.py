@@ -1,4 +1,4 @@
-"""Our own file: safetensors, with the config, the head and the specs as JSON in its metadata. Loadable by itself, without code."""
+"""Our own file: safetensors with config, head and specs as JSON in its metadata; a model by itself, without code."""
 
 from __future__ import annotations
 
