@@ -19,6 +19,7 @@ _PATIENCE = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
 _SAFETY = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+_QUIET = {"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
 
 # Codes of MLflow errors that a retry cannot mend.
 _LASTING = {
@@ -51,7 +52,7 @@ def tracking_uri() -> str:
 
 def connect() -> MlflowClient:
     """A client with our waiting limits; it opens no connection yet."""
-    for name, value in (_PATIENCE | _SAFETY).items():
+    for name, value in (_PATIENCE | _SAFETY | _QUIET).items():
         os.environ.setdefault(name, value)
     from mlflow.tracking import MlflowClient
 

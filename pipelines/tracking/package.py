@@ -52,7 +52,7 @@ def build_package(weights: Path, folder: Path, *, model_id: str, run_id: str) ->
     """Write the MLflow model folder `folder` and return it. The weights must carry their input and output spec."""
     import mlflow.pyfunc
     from mlflow.models import Model
-    from vit_model.preprocess import read_specs
+    from vit_model import read_specs
 
     import vit_model
 
@@ -68,7 +68,7 @@ def build_package(weights: Path, folder: Path, *, model_id: str, run_id: str) ->
             Path(vit_model.__file__ or "").parent, code, ignore=shutil.ignore_patterns("__pycache__", "*.so")
         )
         named = Path(temporary) / WEIGHTS
-        named.symlink_to(weights.resolve())
+        shutil.copyfile(weights, named)  # Not a link: MLflow refuses one as a path out of the folder.
         level = logging.getLogger("mlflow").level
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         try:
@@ -80,16 +80,11 @@ def build_package(weights: Path, folder: Path, *, model_id: str, run_id: str) ->
                 signature=signature(),
                 pip_requirements=_requirements(),
                 mlflow_model=Model(model_id=model_id, run_id=run_id),
-                metadata={"input_spec": json.dumps(_plain(input_spec)), "format": "vit-safetensors/1"},
+                metadata={"input_spec": input_spec.to_json(), "format": "vit-safetensors/1"},
             )
         finally:
             logging.getLogger("mlflow").setLevel(level)
     return folder
-
-
-def _plain(spec: Any) -> Any:
-    value = spec.to_json()
-    return json.loads(value) if isinstance(value, str) else value
 
 
 def _requirements() -> list[str]:

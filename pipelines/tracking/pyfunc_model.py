@@ -15,7 +15,6 @@ import torch
 from mlflow.pyfunc import PythonModel
 
 import vit_model
-from vit_model import preprocess
 
 CHUNK = 64  # Images decoded and run at once.
 
@@ -25,16 +24,18 @@ class ImageClassifier(PythonModel):
 
     def load_context(self, context: Any) -> None:
         path = context.artifacts["weights"]
-        _, self.input_spec, self.output_spec = preprocess.read_specs(path)
+        _, input_spec, output_spec = vit_model.read_specs(path)
+        if input_spec is None or output_spec is None:  # Never written so by pipelines.tracking.package.
+            raise ValueError(f"{path} says neither how images are prepared nor what its classes are")
+        self.input_spec, self.output_spec = input_spec, output_spec
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = vit_model.load_model(path).eval().to(self.device)
 
     def probabilities(self, images: torch.Tensor) -> np.ndarray:
-        """uint8 (B, C, H, W) as `preprocess.load_image` gives them -> float32 (B, classes)."""
+        """uint8 (B, C, H, W) as `vit_model.load_image` gives them -> float32 (B, classes)."""
         with torch.inference_mode():
-            logits = self.model(preprocess.normalize(images.to(self.device), self.input_spec)).logits.float()
-            sigmoid = self.output_spec.activation == "sigmoid"
-            chances: np.ndarray = (logits.sigmoid() if sigmoid else logits.softmax(-1)).cpu().numpy()
+            logits = self.model(vit_model.normalize(images.to(self.device), self.input_spec)).logits
+            chances: np.ndarray = self.output_spec.probabilities(logits).cpu().numpy()
             return chances
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
@@ -60,9 +61,9 @@ class ImageClassifier(PythonModel):
         places: list[int] = []
         for place, data in enumerate(files):
             try:
-                images.append(torch.as_tensor(preprocess.load_image(bytes(data), self.input_spec)))
+                images.append(torch.as_tensor(vit_model.load_image(bytes(data), self.input_spec)))
                 places.append(place)
-            except preprocess.ImageError as error:
+            except vit_model.ImageError as error:
                 rows[place]["error"] = str(error)
         if images:
             table = self.probabilities(torch.stack(images))

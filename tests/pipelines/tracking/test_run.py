@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,24 +15,9 @@ from pipelines.tracking import metrics as metrics_module
 from pipelines.tracking.client import connect
 from pipelines.tracking.run import Run, TrackingError, as_params, track
 from tests.pipelines.tracking.door import Door
+from tests.pipelines.tracking.toys import ToyCorpus, ToyRecipe, attempt, digest_named
 
 stack_needed = pytest.mark.stack
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ToyRecipe(config.Strict):
-    name: str = "toy"
-    rates: dict[str, float] = field(default_factory=lambda: {"a$b": 0.5, "plain": 1.0})
-    text: str = "x"
-    workers: int = config.how(default=1)
-
-
-@dataclass(frozen=True)
-class ToyCorpus:
-    uri: str = "s3://vit/corpora/toy"
-    digest: str = "ab" * 32
-    splits: dict[str, int] = field(default_factory=lambda: {"train": 8, "test": 2})
-    class_names: tuple[str, ...] = ("no", "yes")
 
 
 @pytest.fixture
@@ -42,14 +25,6 @@ def place(stack: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     """The real MLflow server, and a store root of this test's own."""
     monkeypatch.setenv("VIT_ROOT", str(tmp_path / "root"))
     yield tmp_path
-
-
-def attempt(digest: str, number: int = 1, stage: str = "toystage") -> identity.Attempt:
-    return identity.Attempt(stage, digest, number, store.join(identity.runs(), stage, digest), "token")
-
-
-def digest_named(text: str) -> str:
-    return identity.digest_of("toystage", 1, ToyRecipe(), {"x": f"{text} {time.time_ns()}"})
 
 
 @stack_needed
