@@ -44,15 +44,15 @@ class ShardRecipe(Strict):
     classes: tuple[str, ...] | None = None  # Class names in order of the label; null: as found, sorted.
     validate: Literal["header", "decode"] = "decode"  # How far each image is looked at.
     max_bad_fraction: float = 0.01  # Fail when more images than this are bad.
-    num_workers: int | None = how(default=None)  # Shards made at a time; null: one per CPU of the cluster.
+    num_workers: int | None = how(default=None)  # Shards made at a time; null: one a CPU of the cluster; 0: no Ray.
 
     def __post_init__(self) -> None:
         if self.shard_bytes < 1:
             raise ValueError(f"shard_bytes={self.shard_bytes} is below 1; 100000000 is usual")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction={self.max_bad_fraction} is not between 0 and 1")
-        if self.num_workers is not None and self.num_workers < 1:
-            raise ValueError(f"num_workers={self.num_workers} is below 1; leave it out for one per CPU")
+        if self.num_workers is not None and self.num_workers < 0:
+            raise ValueError(f"num_workers={self.num_workers} is below 0; leave it out for one per CPU")
         if self.splits is not None:
             self._check_splits(self.splits)
         if self.classes is not None:
@@ -161,11 +161,15 @@ def make_corpus(
 
 
 def _build(plan: Plan, num_workers: int | None, keep: bool) -> Iterator[tuple[ShardRecord, bool]]:
-    """Every shard of the plan, as Ray Data finishes them."""
-    import ray
-
+    """Every shard of the plan: in order in this process, or as Ray Data finishes them."""
+    from pipelines.corpus.build import build_shard
     from pipelines.corpus.commit import ShardRecord
     from pipelines.corpus.errors import CorpusError
+
+    if num_workers == 0:
+        yield from (build_shard(plan.uri, shard.number, keep=keep) for shard in plan.shards)
+        return
+    import ray
 
     if not ray.is_initialized():
         ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False)
