@@ -75,6 +75,7 @@ def decode_pixels(data: bytes, channels: int, max_pixels: int) -> np.ndarray[Any
         MemoryError,
     )
     try:
+        Image.init()  # All plugins: a fresh process knows neither MPO nor WebP, and open() would raise KeyError.
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
         size, mode, kind = image.size, image.mode, image.format
         orientation = image.getexif().get(0x0112, 1)
