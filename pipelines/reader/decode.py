@@ -1,0 +1,229 @@
+"""The decode engine `wheels`: simplejpeg and Pillow to pixels, torch's uint8 antialiased resize to the model's size.
+
+Plain JPEG and PNG files take a short way with the same pixels as `vit_model.preprocess`; everything else (EXIF
+rotation, CMYK, alpha, 16 bit, palettes, WebP, and whatever fails) goes through it and gets its verdict.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.reader.augment import AugmentConfig, crop_boxes, flips, shifts
+
+if TYPE_CHECKING:
+    from vit_model.preprocess import InputSpec
+
+__all__ = ["ENGINE", "Faults", "decode_for_evaluation", "decode_for_training", "engine_version"]
+
+ENGINE = "wheels"
+JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+PLAIN_PIXELS = 1 << 26  # The short way leaves larger images to vit_model.preprocess and its limits.
+DCT_SCALES = (8, 4, 2)  # Powers of two alone have fast inverse transforms in libjpeg-turbo.
+
+Faults = dict[int, tuple[str, str]]  # place -> (reason, text)
+Box = tuple[int, int, int, int]  # x, y, width, height
+
+
+def engine_version() -> str:
+    """Name and versions that decide the pixels; for run and checkpoint."""
+    from importlib.metadata import version
+
+    return " ".join([ENGINE, *(f"{name}-{version(name)}" for name in ("simplejpeg", "pillow", "torch"))])
+
+
+def decode_for_evaluation(
+    images: Sequence[memoryview], places: NDArray[np.int64], spec: InputSpec, out: NDArray[np.uint8]
+) -> Faults:
+    """The path that evaluation, prediction and serving share, image by image, into out[places]."""
+    from vit_model.preprocess import ImageError, load_image
+
+    faults: Faults = {}
+    for data, place in zip(images, places.tolist(), strict=True):
+        try:
+            out[place] = load_image(bytes(data), spec).numpy()
+        except ImageError as error:
+            faults[place] = (error.reason, str(error))
+    return faults
+
+
+def decode_for_training(
+    images: Sequence[memoryview],
+    places: NDArray[np.int64],
+    sample_ids: NDArray[np.int64],
+    *,
+    spec: InputSpec,
+    augment: AugmentConfig,
+    seed: int,
+    epoch: int,
+    out: NDArray[np.uint8],
+) -> Faults:
+    """Crop, resize and mirror each image into out[places]."""
+    faults: Faults = {}
+    plain: list[int] = []
+    sources: list[_Source] = []
+    slow: list[int] = []
+    for i, data in enumerate(images):
+        source = _open_plain(data, spec.channels)
+        if source is None:
+            slow.append(i)
+        else:
+            plain.append(i)
+            sources.append(source)
+    sizes = np.array([source.size for source in sources], np.int64).reshape(-1, 2)
+    boxes = crop_boxes(augment, seed, epoch, sample_ids[plain], sizes[:, 0], sizes[:, 1])
+    for i, source, box in zip(plain, sources, boxes.tolist(), strict=True):
+        try:
+            pixels = source.crop(box, spec)
+        except Exception:  # Whatever the decoder says, the reference path gives the verdict.
+            slow.append(i)
+        else:
+            out[places[i]] = pixels
+    for i in slow:
+        _decode_slowly(images[i], int(places[i]), sample_ids[i : i + 1], spec, augment, seed, epoch, out, faults)
+    if augment.crop == "random" and augment.padding:
+        _shift(out, places, shifts(augment, seed, epoch, sample_ids), augment.padding)
+    mirrored = places[flips(augment, seed, epoch, sample_ids)]
+    out[mirrored] = out[mirrored][..., ::-1]
+    return faults
+
+
+def _decode_slowly(
+    data: memoryview,
+    place: int,
+    sample_id: NDArray[np.int64],
+    spec: InputSpec,
+    augment: AugmentConfig,
+    seed: int,
+    epoch: int,
+    out: NDArray[np.uint8],
+    faults: Faults,
+) -> None:
+    """One image through vit_model.preprocess; decoded pixels of only one such image are held at a time."""
+    from vit_model.preprocess import ImageError, decode_image
+
+    try:
+        pixels = decode_image(bytes(data), spec.channels)  # (C, H, W)
+    except ImageError as error:
+        faults[place] = (error.reason, str(error))
+        return
+    height, width = pixels.shape[1:]
+    boxes = crop_boxes(augment, seed, epoch, sample_id, np.array([width]), np.array([height]))
+    x, y, width, height = boxes.tolist()[0]
+    out[place] = _resize(pixels[None, :, y : y + height, x : x + width], spec)
+
+
+class _Source(Protocol):
+    """A plain image whose size is known and whose pixels are not yet decoded."""
+
+    @property
+    def size(self) -> tuple[int, int]: ...  # width, height
+
+    def crop(self, box: Box, spec: InputSpec) -> NDArray[np.uint8]: ...  # (C, H, W) of the model's size
+
+
+def _open_plain(data: memoryview, channels: int) -> _Source | None:
+    """The image, if the short way gives the reference path's pixels; its header alone is read."""
+    try:
+        if data[:8] == PNG:
+            return _PngSource.open(data, channels)
+        if data[:3] == JPEG and channels == 3:
+            return _JpegSource.open(data)
+    except Exception:  # A broken header: the reference path names what is wrong.
+        return None
+    return None
+
+
+class _JpegSource:
+    def __init__(self, data: memoryview, size: tuple[int, int]) -> None:
+        self.data, self.size = data, size
+
+    @classmethod
+    def open(cls, data: memoryview) -> _JpegSource | None:
+        import simplejpeg
+
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        if colorspace not in ("YCbCr", "Gray", "RGB") or width * height > PLAIN_PIXELS or _has_exif(data):
+            return None
+        return cls(data, (width, height))
+
+    def crop(self, box: Box, spec: InputSpec) -> NDArray[np.uint8]:
+        """Decodes at the smallest DCT scale that still has a pixel for every pixel of the model."""
+        import simplejpeg
+        import torch
+
+        x, y, width, height = box
+        scale = next((s for s in DCT_SCALES if width >= s * spec.width and height >= s * spec.height), 1)
+        if scale > 1:
+            full_width, full_height = self.size
+            pixels = simplejpeg.decode_jpeg(
+                self.data, "RGB", min_height=-(-full_height // scale), min_width=-(-full_width // scale)
+            )
+            right, bottom = -(-(x + width) // scale), -(-(y + height) // scale)
+            x, y = x // scale, y // scale
+            width, height = right - x, bottom - y
+        else:
+            pixels = simplejpeg.decode_jpeg(self.data, "RGB")
+        tensor = torch.from_numpy(pixels[y : y + height, x : x + width]).permute(2, 0, 1)
+        return _resize(tensor[None], spec)
+
+
+class _PngSource:
+    def __init__(self, image: Any, channels: int) -> None:
+        self.image, self.channels, self.size = image, channels, image.size
+
+    @classmethod
+    def open(cls, data: memoryview, channels: int) -> _PngSource | None:
+        from PIL import Image
+
+        image = Image.open(io.BytesIO(data), formats=("PNG",))
+        width, height = image.size
+        # Pillow's mode is set by the header; "transparency" may still appear in it as a chunk.
+        is_plain = image.mode == ("L" if channels == 1 else "RGB") or (channels == 3 and image.mode == "L")
+        if not is_plain or image.info or width * height > PLAIN_PIXELS:
+            return None
+        return cls(image, channels)
+
+    def crop(self, box: Box, spec: InputSpec) -> NDArray[np.uint8]:
+        import torch
+
+        x, y, width, height = box
+        pixels = torch.from_numpy(np.array(self.image)[y : y + height, x : x + width])
+        pixels = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+        resized = _resize(pixels[None], spec)
+        return resized if len(resized) == self.channels else resized.repeat(self.channels, axis=0)
+
+
+def _has_exif(data: memoryview) -> bool:
+    """Whether an APP1 Exif segment stands before the image data."""
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], data[at + 2] << 8 | data[at + 3]
+        if marker == 0xE1 and data[at + 4 : at + 8] == b"Exif":
+            return True
+        if marker == 0xDA:  # Start of scan.
+            return False
+        at += 2 + length
+    return False
+
+
+def _resize(pixels: Any, spec: InputSpec) -> NDArray[np.uint8]:
+    """uint8 tensor (1, C, h, w) to an array (C, H, W) of the model's size."""
+    import torch.nn.functional as F
+
+    size = (spec.height, spec.width)
+    if pixels.shape[-2:] != size:
+        pixels = F.interpolate(pixels, size=size, mode=spec.interpolation, antialias=True)
+    resized: NDArray[np.uint8] = pixels[0].numpy()
+    return resized
+
+
+def _shift(out: NDArray[np.uint8], places: NDArray[np.int64], offsets: NDArray[np.int64], padding: int) -> None:
+    """Move each image by its offset inside a black border."""
+    padded = np.pad(out[places], ((0, 0), (0, 0), (padding, padding), (padding, padding)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, out.shape[2:], axis=(2, 3))
+    out[places] = windows[np.arange(len(places)), :, offsets[:, 0], offsets[:, 1]]

@@ -1,0 +1,230 @@
+"""The backend on Ray Data: reading work as read tasks on any CPU of the cluster, in order.
+
+A chain of bounded executions, the next one opened ahead in a thread: Ray Data pays about 1 ms per read task before the
+first block, so one execution for a whole run would wait minutes. Nothing depends on how Ray cuts blocks: every row
+bears its lane and position, and the stream checks them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+from numpy.typing import NDArray
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+
+from pipelines.reader.fetch import FetchError
+from pipelines.reader.order import OrderError
+from pipelines.reader.rows import PIECE_BYTES, Item, Job, Rows, SampleError, read_item
+
+__all__ = ["StarvedError", "check_cpus", "read_with_ray"]
+
+TASKS_PER_EXECUTION = 250
+FEWEST_ROWS = 256  # Of one read task: shorter ones cost more to schedule than to run.
+OPEN_AHEAD = 0.6  # The next execution is opened when this part of the rows has come.
+PREFETCHED_BLOCKS = 4
+
+Execution = Generator[Rows, None, None]
+
+
+class StarvedError(RuntimeError):
+    """Ray has no CPU left for reading; Ray Data itself would wait forever with one warning."""
+
+
+def read_with_ray(job: Job, items: Iterator[Item], num_cpus: float, world_size: int = 1) -> Generator[Rows, None, None]:
+    """Rows of each item in the order of the items."""
+    check_cpus(num_cpus, world_size)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # Two lines per execution otherwise.
+    opener = ThreadPoolExecutor(1, thread_name_prefix="reader-open")
+    current = _open(job, items, num_cpus)
+    upcoming: Future[_Opened] | None = None
+    try:
+        while current.num_rows:
+            seen = 0
+            for rows in current.rows():
+                seen += len(rows)
+                if upcoming is None and seen >= OPEN_AHEAD * current.num_rows:
+                    upcoming = opener.submit(_open, job, items, num_cpus)
+                yield rows
+            if upcoming is None:
+                raise OrderError(
+                    f"Ray Data gave {seen} of {current.num_rows} rows and ended; resume from the checkpoint"
+                )
+            current, upcoming = upcoming.result(), None
+    finally:
+        current.close()
+        if upcoming is not None:
+            upcoming.result().close()
+        opener.shutdown()
+
+
+class _Opened:
+    """A running execution; its first block is already on the way."""
+
+    def __init__(self, job: Job, items: list[Item], num_cpus: float) -> None:
+        self.num_rows = sum(item.count for item in items)
+        self._shape = job.shape
+        self._blocks: Any = iter(())
+        self._first: pa.Table | None = None
+        if items:
+            self._blocks = iter(
+                _dataset(job, items, num_cpus).iter_batches(
+                    batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCHED_BLOCKS
+                )
+            )
+            self._first = self._next()
+
+    def rows(self) -> Iterator[Rows]:
+        table, self._first = self._first, None
+        while table is not None:
+            yield from rows_of_table(table, self._shape)
+            table = self._next()
+
+    def _next(self) -> pa.Table | None:
+        try:
+            return next(self._blocks, None)
+        except Exception as error:
+            raise _own_error(error) from None
+
+    def close(self) -> None:
+        """Stops the execution; Ray's generator shuts its executor down when closed."""
+        self._first = None
+        if hasattr(self._blocks, "close"):
+            self._blocks.close()
+
+
+def _open(job: Job, items: Iterator[Item], num_cpus: float) -> _Opened:
+    return _Opened(job, list(islice(items, TASKS_PER_EXECUTION)), num_cpus)
+
+
+def _dataset(job: Job, items: list[Item], num_cpus: float) -> Any:
+    source = _Items(job, items)
+    dataset = ray.data.read_datasource(source, override_num_blocks=len(source.tasks), num_cpus=num_cpus)
+    context = dataset.context  # The dataset's own copy: nothing changes for other users of this process.
+    context.execution_options.preserve_order = True
+    context.target_max_block_size = PIECE_BYTES
+    context.enable_progress_bars = context.print_on_execution_start = False
+    return dataset.iterator()
+
+
+class _Items(Datasource):
+    """Items as read tasks, small neighbours together in one."""
+
+    def __init__(self, job: Job, items: list[Item]) -> None:
+        super().__init__()
+        groups: list[list[Item]] = []
+        size = FEWEST_ROWS
+        for item in items:
+            if size >= FEWEST_ROWS:
+                groups.append([])
+                size = 0
+            groups[-1].append(item)
+            size += item.count
+        self.tasks = [ReadTask(partial(_read, job, group), _metadata(job, group)) for group in groups]
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        return self.tasks
+
+
+def _metadata(job: Job, items: list[Item]) -> BlockMetadata:
+    rows = sum(item.count for item in items)
+    return BlockMetadata(num_rows=rows, size_bytes=rows * job.image_bytes, input_files=None, exec_stats=None)
+
+
+def _read(job: Job, items: list[Item]) -> Iterator[pa.Table]:
+    """Runs in a Ray worker."""
+    for item in items:
+        for rows in read_item(job, item):
+            yield table_of_rows(rows)
+
+
+# Rows as Arrow ------------------------------------------------------------------------------------------------------
+
+
+def table_of_rows(rows: Rows) -> pa.Table:
+    """No copy of the pixels. What was spent on the rows stands in the first one."""
+    n = len(rows)
+    first = np.arange(n) == 0
+    images = rows.images.reshape(n, -1)
+    pixels = pa.Array.from_buffers(pa.binary(images.shape[1]), n, [None, pa.py_buffer(images)])
+    return pa.table(
+        {
+            "lane": np.full(n, rows.lane, np.int32),
+            "k": np.arange(rows.k, rows.k + n),
+            "sample_id": rows.sample_ids,
+            "label": rows.labels,
+            "weight": rows.weights,
+            "fault": pa.array(rows.faults, pa.string()),
+            "num_pages": first * np.int32(rows.num_pages),
+            "num_bytes": first * np.int64(rows.num_bytes),
+            "cpu_seconds": first * rows.cpu_seconds,
+            "image": pixels,
+        }
+    )
+
+
+def rows_of_table(table: pa.Table, shape: tuple[int, int, int]) -> Iterator[Rows]:
+    """Rows of a block, cut where the lane changes or a position does not follow; views into Arrow's memory."""
+    for batch in table.to_batches():
+        lanes, k = batch["lane"].to_numpy(), batch["k"].to_numpy()
+        cuts = np.flatnonzero((np.diff(lanes) != 0) | (np.diff(k) != 1)) + 1
+        for begin, end in zip([0, *cuts.tolist()], [*cuts.tolist(), len(k)], strict=True):
+            part = batch.slice(begin, end - begin)
+            yield Rows(
+                lane=int(lanes[begin]),
+                k=int(k[begin]),
+                images=_pixels(part["image"], shape),
+                labels=part["label"].to_numpy(),
+                weights=part["weight"].to_numpy(),
+                sample_ids=part["sample_id"].to_numpy(),
+                faults=part["fault"].to_pylist(),
+                num_pages=int(part["num_pages"].to_numpy().sum()),
+                num_bytes=int(part["num_bytes"].to_numpy().sum()),
+                cpu_seconds=float(part["cpu_seconds"].to_numpy().sum()),
+            )
+
+
+def _pixels(column: pa.Array, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    size = column.type.byte_width
+    flat = np.frombuffer(column.buffers()[1], np.uint8, count=len(column) * size, offset=column.offset * size)
+    return flat.reshape(len(column), *shape)
+
+
+# Faults of the cluster ----------------------------------------------------------------------------------------------
+
+
+def check_cpus(num_cpus: float, world_size: int) -> None:
+    """Refuse to start where the training workers hold every CPU."""
+    held = float(ray.get_runtime_context().get_assigned_resources().get("CPU", 0.0)) * world_size
+    total = float(ray.cluster_resources().get("CPU", 0.0))
+    if total - held < num_cpus:
+        raise StarvedError(
+            f"the cluster has {total:g} CPUs and {world_size} training workers hold {held:g}: none is left for a read "
+            f"task of {num_cpus:g}; give each worker a smaller CPU share, lower num_cpus of the reader, or add CPU nodes"
+        )
+
+
+def _own_error(error: BaseException) -> BaseException:
+    """Our own error out of Ray's wrappers, so that its message is the first thing to be read."""
+    seen: BaseException | None = error
+    while seen is not None:
+        for candidate in (seen, getattr(seen, "cause", None)):
+            for kind in (FetchError, SampleError):
+                if isinstance(candidate, kind):
+                    return kind(str(candidate)) if candidate is seen and hasattr(seen, "cause") else candidate
+        seen = seen.__cause__
+    return error

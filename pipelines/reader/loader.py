@@ -1,0 +1,193 @@
+"""The door of the reader: batches of a corpus in exact order, for training and for evaluation.
+
+Usable in a Ray Train worker, in a plain script, and without Ray (`ReaderConfig(backend="local")`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from pipelines.config import Strict, how
+from pipelines.reader import order as law
+from pipelines.reader.augment import AugmentConfig
+from pipelines.reader.fetch import PageSpan
+from pipelines.reader.order import Order, OrderError, PageRows, Window, lanes_of_rank
+from pipelines.reader.rows import Item, Job, Rows
+from pipelines.reader.stream import BatchStream, ReaderStats
+
+if TYPE_CHECKING:
+    from pipelines.corpus.manifest import Corpus, Pages
+    from vit_model.preprocess import InputSpec
+
+__all__ = [
+    "AugmentConfig",
+    "BatchStream",
+    "ReaderConfig",
+    "ReaderStats",
+    "choose_lanes",
+    "eval_batches",
+    "train_batches",
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReaderConfig(Strict):
+    """How images are read. Neither field but `engine` and `on_bad` changes what is read."""
+
+    backend: Literal["ray", "local"] = how(default="ray")  # ray: any CPU of the cluster; local: threads of this process
+    engine: Literal["wheels"] = "wheels"  # Decoder; decides the pixels
+    on_bad: Literal["mask", "fail"] = "mask"  # A bad image: weight 0 and counted, or an error
+    max_bad_fraction: float = how(default=0.05)  # mask: more bad images than this stop the run
+    num_cpus: float = how(default=1.0)  # ray: CPU share of one read task; below 1 on small machines
+    num_threads: int = how(default=2)  # local: decoding threads
+
+    def __post_init__(self) -> None:
+        if self.num_cpus <= 0 or self.num_threads < 1:
+            raise ValueError(
+                f"num_cpus={self.num_cpus}, num_threads={self.num_threads}: reading needs more than 0 and at least 1"
+            )
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"max_bad_fraction={self.max_bad_fraction} is not a fraction from 0 to 1")
+
+
+def choose_lanes(pages: Pages, batch_size: int, max_workers: int | None = None, lanes: int | None = None) -> int:
+    """Lanes for a run: fixed at its start and kept in the checkpoint, so that it may resume on other worker counts."""
+    return law.choose_lanes(len(pages), batch_size, max_workers, lanes)
+
+
+def train_batches(
+    corpus: Corpus,
+    *,
+    split: str = "train",
+    batch_size: int,
+    seed: int,
+    spec: InputSpec,
+    augment: AugmentConfig,
+    rank: int = 0,
+    world_size: int = 1,
+    start_step: int = 0,
+    total_steps: int,
+    lanes: int | None = None,
+    window_pages: int = 4,
+    max_workers: int | None = None,
+    reader: ReaderConfig | None = None,
+) -> BatchStream:
+    """This rank's part of each step from start_step to total_steps; batch_size counts all ranks."""
+    reader = reader or ReaderConfig()
+    pages = corpus.pages(split)
+    lanes = choose_lanes(pages, batch_size, max_workers, lanes)
+    law.check_lanes(lanes, batch_size, world_size)
+    if not 0 <= start_step <= total_steps:
+        raise OrderError(f"start_step={start_step} is outside 0..total_steps={total_steps}")
+    order = Order(pages.rows, seed=seed, lanes=lanes, batch_size=batch_size, window_pages=window_pages)
+    mine = lanes_of_rank(lanes, rank, world_size)
+    locate = _Pages(corpus, pages)
+    items = (locate.item(window) for window in order.windows(mine, start_step, total_steps))
+    job = Job(seed, spec, augment, len(corpus.class_names), reader.on_bad)
+    return BatchStream(
+        _rows(reader, job, items, world_size),
+        mine,
+        job.shape,
+        rows_per_lane=order.rows_per_step,
+        start_step=start_step,
+        stop_step=total_steps,
+        max_bad_fraction=reader.max_bad_fraction,
+    )
+
+
+def eval_batches(
+    corpus: Corpus,
+    *,
+    split: str,
+    batch_size: int,
+    spec: InputSpec,
+    rank: int = 0,
+    world_size: int = 1,
+    reader: ReaderConfig | None = None,
+) -> BatchStream:
+    """Every sample exactly once, in manifest order: a contiguous slice per rank, padded with weight 0.
+
+    All ranks give the same number of batches of batch_size / world_size rows.
+    """
+    reader = reader or ReaderConfig()
+    if batch_size < 1 or batch_size % world_size:
+        raise OrderError(f"batch_size={batch_size} is not divisible by {world_size} workers; use a multiple")
+    lanes_of_rank(world_size, rank, world_size)
+    pages = corpus.pages(split)
+    ends = np.cumsum(pages.rows, dtype=np.int64)
+    total = int(ends[-1])
+    begin, end = rank * total // world_size, (rank + 1) * total // world_size
+    size = batch_size // world_size
+    longest = -(-total // world_size)
+    locate = _Pages(corpus, pages)
+    job = Job(0, spec, None, len(corpus.class_names), reader.on_bad)
+    return BatchStream(
+        _rows(reader, job, locate.slice(ends, begin, end), world_size),
+        [0],
+        job.shape,
+        rows_per_lane=size,
+        start_step=0,
+        stop_step=-(-longest // size),
+        num_rows=end - begin,
+        max_bad_fraction=reader.max_bad_fraction,
+    )
+
+
+def _rows(reader: ReaderConfig, job: Job, items: Iterator[Item], world_size: int) -> Generator[Rows, None, None]:
+    if reader.backend == "local":
+        from pipelines.reader.threads import read_in_threads
+
+        return read_in_threads(job, items, reader.num_threads)
+    from pipelines.reader.executions import read_with_ray
+
+    return read_with_ray(job, items, reader.num_cpus, world_size)
+
+
+class _Pages:
+    """Where the pages of a split lie."""
+
+    def __init__(self, corpus: Corpus, pages: Pages) -> None:
+        self._corpus, self._pages = corpus, pages
+        self._shards = corpus.shards
+
+    def span(self, rows: PageRows) -> PageSpan:
+        pages, page = self._pages, rows.page
+        shard = int(pages.shard[page])
+        return PageSpan(
+            uri=self._corpus.shard_uri(shard),
+            shard_bytes=self._shards[shard].bytes,
+            offset=int(pages.offset[page]),
+            length=int(pages.length[page]),
+            num_rows=int(pages.rows[page]),
+            first_id=int(pages.first_row[page]),
+            first=rows.first,
+            last=rows.last,
+        )
+
+    def item(self, window: Window) -> Item:
+        return Item(
+            lane=window.lane,
+            epoch=window.epoch,
+            window=window.number,
+            k=window.k,
+            skip=window.skip,
+            count=window.count,
+            is_shuffled=True,
+            pages=tuple(self.span(rows) for rows in window.pages),
+        )
+
+    def slice(self, ends: np.ndarray, begin: int, end: int) -> Iterator[Item]:
+        """Rows [begin, end) of the split in manifest order, one page an item."""
+        k = 0
+        page = int(np.searchsorted(ends, begin, side="right"))
+        while begin < end:
+            start = int(ends[page]) - int(self._pages.rows[page])
+            first, last = begin - start, min(end, int(ends[page])) - start
+            span = self.span(PageRows(page, first, last))
+            yield Item(0, 0, page, k, 0, last - first, False, (span,))
+            k += last - first
+            begin, page = start + last, page + 1
