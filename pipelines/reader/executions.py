@@ -116,7 +116,7 @@ def _dataset(job: Job, items: list[Item], num_cpus: float) -> Any:
     return dataset.iterator()
 
 
-class _Items(Datasource):
+class _Items(Datasource):  # type: ignore[misc,unused-ignore]
     """Items as read tasks, small neighbours together in one."""
 
     def __init__(self, job: Job, items: list[Item]) -> None:
@@ -213,8 +213,8 @@ def check_cpus(num_cpus: float, world_size: int) -> None:
     total = float(ray.cluster_resources().get("CPU", 0.0))
     if total - held < num_cpus:
         raise StarvedError(
-            f"the cluster has {total:g} CPUs and {world_size} training workers hold {held:g}: none is left for a read "
-            f"task of {num_cpus:g}; give each worker a smaller CPU share, lower num_cpus of the reader, or add CPU nodes"
+            f"the cluster has {total:g} CPUs and {world_size} training workers hold {held:g}: none is left for "
+            f"a read task of {num_cpus:g}; give workers a smaller CPU share, lower the reader's num_cpus, or add nodes"
         )
 
 
