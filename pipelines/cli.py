@@ -113,8 +113,12 @@ def _stage(stage: str) -> Callable[[list[str], Flags], int]:
     def call(arguments: list[str], flags: Flags) -> int:
         from pipelines.config import parse
 
-        recipe = parse(recipe_class(stage), arguments, prog=f"vit {stage}")
-        ensure_stack()
+        if arguments and "://" in arguments[0]:  # A recipe that `vit submit` left in the store.
+            ensure_stack()
+            recipe = _stored_recipe(stage, arguments)
+        else:
+            recipe = parse(recipe_class(stage), arguments, prog=f"vit {stage}")
+            ensure_stack()
         from pipelines.workflow.report import say_result
         from pipelines.workflow.runner import again, run_stage_named
 
@@ -123,6 +127,18 @@ def _stage(stage: str) -> Callable[[list[str], Flags], int]:
         return OK
 
     return call
+
+
+def _stored_recipe(stage: str, arguments: list[str]) -> Any:
+    import tempfile
+    from pathlib import Path
+
+    from pipelines.config import parse
+    from pipelines.store import download
+
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = download(arguments[0], Path(folder) / f"{stage}.yaml")
+        return parse(recipe_class(stage), [str(recipe), *arguments[1:]], prog=f"vit {stage}")
 
 
 def _run(arguments: list[str], flags: Flags) -> int:
@@ -163,19 +179,19 @@ def _demo(arguments: list[str], flags: Flags) -> int:
 def _why(arguments: list[str], flags: Flags) -> int:
     from pipelines.why import main as why_main
 
-    return why_main(arguments)
+    return why_main(arguments, ensure_stack)
 
 
 def _schedule(arguments: list[str], flags: Flags) -> int:
     from pipelines.workflow.schedules import main as schedule_main
 
-    return schedule_main(arguments)
+    return schedule_main(arguments, ensure_stack)
 
 
 def _submit(arguments: list[str], flags: Flags) -> int:
     from pipelines.workflow.submit import main as submit_main
 
-    return submit_main(arguments, again=flags.again)
+    return submit_main(arguments, again=flags.again, prepare=ensure_stack)
 
 
 def _recipes(arguments: list[str], flags: Flags) -> int:
@@ -199,7 +215,7 @@ INFRA = {
     "up": "start the embedded stack: object store, MLflow server, Ray head; a second `up` attaches",
     "down": "stop exactly what `up` started; the data stays",
     "status": "what runs where",
-    "env": "the endpoints as shell exports: eval \"$(vit env)\"",
+    "env": 'the endpoints as shell exports: eval "$(vit env)"',
 }
 VERBS: dict[str, Verb] = {
     "demo": Verb("[--corpus DIR] [--plain]", "the whole flow on real images, from raw files to a champion", _demo),
@@ -248,8 +264,9 @@ def _workflow_arguments(verb: str, arguments: list[str]) -> tuple[str, dict[str,
 def ensure_stack() -> None:
     """Starts or heals the embedded stack unless the environment names other endpoints; says what it did."""
     from infra.endpoints import ensure
+    from pipelines.progress import say
 
-    ensure()
+    ensure(say=say)
 
 
 # -------------------------------------------------------------------------------------------------- help and messages
@@ -272,8 +289,8 @@ def _say_help() -> None:
             _write(f"  {verb:<9} {VERBS[verb].help}")
     _write(
         "\nA RECIPE is a YAML path or the name of a packaged recipe (`vit recipes`); `vit VERB RECIPE --help` shows its"
-        "\nfields. A finished stage is not computed again: the result is reused; --again recomputes. --debug shows"
-        "\ntracebacks. Exit code: 0 done, 1 failed, 2 wrong command or recipe, 130 interrupted (the same command resumes)."
+        "\nfields. A finished stage is not computed again: its result is reused; --again recomputes. --debug shows"
+        "\ntracebacks. Exit code: 0 done, 1 failed, 2 wrong command or recipe, 130 interrupted: the same command resumes."
     )
 
 

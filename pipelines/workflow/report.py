@@ -24,7 +24,7 @@ def duration(seconds: float) -> str:
 def say_step(outcome: Outcome) -> None:
     """One line when a step of a workflow is done."""
     result = outcome.result
-    say(f"{outcome.step:<18} {how_it_came(outcome):<7} {result.digest[:12]}  {duration(outcome.seconds):>9}  {result.uri}")
+    say(f"{outcome.step:<18} {how_it_came(outcome):<7} {result.digest[:12]}  {duration(outcome.seconds):>9}")
 
 
 def say_result(outcome: Outcome) -> None:

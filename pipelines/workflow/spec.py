@@ -19,8 +19,12 @@ __all__ = ["Schedule", "Step", "Workflow", "find_workflow", "load_workflow", "pa
 
 # Limits of the five cron fields: minute, hour, day of month, month, day of week.
 CRON_LIMITS = ((0, 59), (0, 23), (1, 31), (1, 12), (0, 7))
-CRON_WORDS = {word: str(number) for number, word in enumerate("jan feb mar apr may jun jul aug sep oct nov dec".split(), 1)}
-CRON_WORDS |= {word: str(number) for number, word in enumerate("sun mon tue wed thu fri sat".split())}
+CRON_WORDS = dict(zip(["sun", "mon", "tue", "wed", "thu", "fri", "sat"], "0123456", strict=True)) | {
+    month: str(number)
+    for number, month in enumerate(
+        ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"], 1
+    )
+}
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
@@ -69,7 +73,11 @@ class Workflow(Strict):
 
     def order(self) -> list[str]:
         """Step names, each after the steps it takes from; in file order where that leaves a choice."""
-        sorter = TopologicalSorter({name: set(step.inputs.values()) for name, step in self.steps.items()})
+        taken = {
+            name: {source for source in step.inputs.values() if source in self.steps}
+            for name, step in self.steps.items()
+        }
+        sorter = TopologicalSorter(taken)
         sorter.prepare()
         position = {name: place for place, name in enumerate(self.steps)}
         ready: list[str] = []
@@ -91,9 +99,7 @@ class Workflow(Strict):
         for name in values:
             if name not in self.steps:
                 raise RecipeError(f"workflow {self.name}: no step {name!r}{nearest(name, self.steps)}")
-        steps = {
-            name: replace(step, set={**step.set, **values.get(name, {})}) for name, step in self.steps.items()
-        }
+        steps = {name: replace(step, set={**step.set, **values.get(name, {})}) for name, step in self.steps.items()}
         return replace(self, steps=steps)
 
     def without(self, *names: str) -> Workflow:
