@@ -129,9 +129,9 @@ class _Source(Protocol):
 def _open_plain(data: memoryview, channels: int) -> _Source | None:
     """The image, if the short way gives the reference path's pixels; its header alone is read."""
     try:
-        if data[:8] == PNG:
+        if bytes(data[:8]) == PNG:
             return _PngSource.open(data, channels)
-        if data[:3] == JPEG and channels == 3:
+        if bytes(data[:3]) == JPEG and channels == 3:
             return _JpegSource.open(data)
     except Exception:  # A broken header: the reference path names what is wrong.
         return None
@@ -203,7 +203,7 @@ def _has_exif(data: memoryview) -> bool:
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF:
         marker, length = data[at + 1], data[at + 2] << 8 | data[at + 3]
-        if marker == 0xE1 and data[at + 4 : at + 8] == b"Exif":
+        if marker == 0xE1 and bytes(data[at + 4 : at + 8]) == b"Exif":
             return True
         if marker == 0xDA:  # Start of scan.
             return False
@@ -217,7 +217,7 @@ def _resize(pixels: Any, spec: InputSpec) -> NDArray[np.uint8]:
 
     size = (spec.height, spec.width)
     if pixels.shape[-2:] != size:
-        pixels = F.interpolate(pixels, size=size, mode=spec.interpolation, antialias=True)
+        pixels = F.interpolate(pixels, size=size, mode=spec.interpolation, antialias=spec.antialias)
     resized: NDArray[np.uint8] = pixels[0].numpy()
     return resized
 

@@ -1,7 +1,7 @@
-"""Which images form step s: a pure function of (corpus digest, seed, lanes, batch size), whatever the number of workers.
+"""Which images form step s: a pure function of (corpus digest, seed, lanes, batch size), at any number of workers.
 
 No I/O and no state: a resume is an integer. The law stands in docs/reader.md.
-Words: N rows of the split, P pages, L lanes, B batch_size, b = B / L rows a lane gives to each step, G pages per window.
+N rows of the split, P pages, L lanes, B batch_size, b = B / L rows a lane gives to a step, G pages per window.
 """
 
 from __future__ import annotations

@@ -44,4 +44,4 @@ def image_bits(seed: int, epoch: int, sample_ids: NDArray[np.int64], stream: int
 
 def uniform(bits: NDArray[np.uint32]) -> NDArray[np.float64]:
     """Words to [0, 1)."""
-    return bits * 2.0**-32
+    return np.multiply(bits, 2.0**-32, dtype=np.float64)

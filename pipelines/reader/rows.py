@@ -88,11 +88,14 @@ class Rows:
         return len(self.sample_ids)
 
 
+NOTHING = memoryview(b"")
+
+
 @dataclass(slots=True)
 class _Sample:
     """One row to come: where its bytes are, and what is already known to be wrong with it."""
 
-    image: memoryview = memoryview(b"")
+    image: memoryview = NOTHING
     label: int = 0
     key: str = ""
     uri: str = ""
@@ -182,10 +185,10 @@ def _samples(span: PageSpan, page: memoryview, num_classes: int) -> list[_Sample
                 reason = "bad_label" if label else "missing_label"
                 row.fault = f"{reason}: {span.uri}, sample {sample.key}: {text[:20]!r} of {num_classes} classes"
         samples.append(row)
-    if problem is None and len(samples) != span.num_rows or len(samples) > span.num_rows:
+    if len(samples) > span.num_rows or (problem is None and len(samples) < span.num_rows):
         raise SampleError(
-            f"{span.uri}: the page at byte {span.offset:,} holds {len(samples)} samples, the manifest says {span.num_rows}"
-            "; the shard is not the manifest's: restore it or index it again"
+            f"{span.uri}: the page at byte {span.offset:,} holds {len(samples)} samples, the manifest says "
+            f"{span.num_rows}; the shard is not the manifest's: restore it or index it again"
         )
     if problem is not None:
         fault = f"{problem.reason}: {span.uri}, page at byte {span.offset:,}: {problem}"

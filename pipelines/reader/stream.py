@@ -12,7 +12,6 @@ from collections import Counter, deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 
@@ -157,8 +156,8 @@ class BatchStream:
         total = sum(stats.bad.values())
         if total > self._max_bad_fraction * max(stats.images, FEWEST_JUDGED):
             raise SampleError(
-                f"{total} of {stats.images} images are bad ({dict(stats.bad)}), max_bad_fraction={self._max_bad_fraction} "
-                "is exceeded; look at the warnings above, repair the corpus or raise the limit"
+                f"{total} of {stats.images} images are bad ({dict(stats.bad)}), more than max_bad_fraction="
+                f"{self._max_bad_fraction}; look at the warnings above, repair the corpus or raise the limit"
             )
 
     def _assemble(self, wanted: int) -> Batch:
@@ -185,8 +184,13 @@ class BatchStream:
                 else:
                     self._buffers[lane][0] = _tail(rows, count)
         images[at:] = 0
-        parts: list[Any] = [torch.from_numpy(part) for part in (images, labels, weights, ids)]
-        return Batch(*parts, step=self._step if self._num_rows is None else None)
+        return Batch(
+            torch.from_numpy(images),
+            torch.from_numpy(labels),
+            torch.from_numpy(weights),
+            torch.from_numpy(ids),
+            step=self._step if self._num_rows is None else None,
+        )
 
 
 def _tail(rows: Rows, count: int) -> Rows:
