@@ -35,16 +35,19 @@ from pipelines.progress import say
 __all__ = [
     "AGAIN",
     "LEASE_SECONDS",
+    "PLAN_ONLY",
     "Attempt",
     "Held",
     "Lease",
     "LeaseLost",
+    "Planned",
     "StageResult",
     "canonical",
     "code_fingerprint",
     "code_origin",
     "digest_of",
     "find_result",
+    "holder_of",
     "lease",
     "result_of",
     "run_stage",
@@ -54,6 +57,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 AGAIN: contextvars.ContextVar[bool] = contextvars.ContextVar("AGAIN", default=False)  # Set by `--again`: recompute.
+PLAN_ONLY: contextvars.ContextVar[bool] = contextvars.ContextVar("PLAN_ONLY", default=False)  # Set by `vit why`.
 LEASE_SECONDS = 45.0  # A holder on another host is given up after this long without a sign of life.
 RENEW_SECONDS = 10.0
 
@@ -64,6 +68,14 @@ class Held(RuntimeError):
 
 class LeaseLost(RuntimeError):
     """Another attempt took over; this one must write nothing more."""
+
+
+class Planned(Exception):
+    """Raised by run_stage instead of doing the work while PLAN_ONLY is set: names the run that would be done."""
+
+    def __init__(self, stage: str, digest: str, identity: dict[str, Any]) -> None:
+        super().__init__(f"{stage} {digest[:12]}")
+        self.stage, self.digest, self.identity = stage, digest, identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,6 +309,15 @@ def holder(record: Mapping[str, Any]) -> str:
     return f"process {record['pid']} on {record['host']} (attempt {record['attempt']})"
 
 
+def holder_of(stage: str, digest: str) -> str | None:
+    """The live process that is at this run, or None."""
+    try:
+        record = store.read_json(store.join(runs(), stage, digest, "lease.json"))
+    except store.NotFound:
+        return None
+    return holder(record) if record["expires"] > time.time() and not _is_dead(record) else None
+
+
 @contextmanager
 def lease(uri: str, what: str, *, wait_seconds: float = 0.0) -> Iterator[Lease]:
     """Hold the lease object `uri` for a block; `what` names it in messages. A live holder is waited for that long."""
@@ -386,6 +407,8 @@ def run_stage(
     """
     identity = _identity(stage, version, recipe, inputs)
     digest = digest_of(stage, version, recipe, inputs)
+    if PLAN_ONLY.get():
+        raise Planned(stage, digest, identity)
     place = store.join(runs(), stage, digest)
     label = f"{stage} {digest[:12]}"
     again = AGAIN.get()

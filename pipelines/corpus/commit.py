@@ -49,7 +49,7 @@ class ShardRecord:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> ShardRecord:
-        return cls(**value | {"rejected": [Rejected(**item) for item in value["rejected"]]})
+        return cls(**dict(value) | {"rejected": [Rejected(**item) for item in value["rejected"]]})
 
 
 def order_splits(names: Iterable[str]) -> list[str]:

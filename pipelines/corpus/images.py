@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 __all__ = ["MAX_FILE_BYTES", "MAX_PIXELS", "ImageFacts", "ImageRejected", "inspect_image"]
 
-MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a GiB of RGB.
-MAX_FILE_BYTES = 256 << 20
+# The limits of vit_model.preprocess: what is let in here can be read there.
+MAX_PIXELS = 100_000_000
+MAX_FILE_BYTES = 100 << 20
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # SOF0..SOF15 without DHT (C4), JPG (C8) and DAC (CC).
 JPEG_FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})

@@ -1,6 +1,6 @@
 """What a corpus is: WebDataset tars beside an immutable, versioned manifest. The read side of the manifest.
 
-BASE/manifests/DIGEST/{head.json, shards.parquet, samples/*.parquet, quarantine.parquet}, BASE/current.json, BASE/shards/.
+BASE/{shards/*.tar, current.json, manifests/DIGEST/{head.json, shards.parquet, samples/*.parquet, quarantine.parquet}}.
 The digest covers what the shards hold and how pages cut them, never where they lie or when they were made.
 """
 
@@ -71,7 +71,7 @@ class Head:
         if unknown := value.keys() - known:
             raise ManifestError(f"{where}: unknown keys {sorted(unknown)}; the head was not written by this code")
         return cls(
-            **value
+            **dict(value)
             | {"class_names": tuple(value["class_names"]), "splits": {name: int(n) for name, n in value["splits"]}}
         )
 
@@ -245,7 +245,7 @@ def corpus_base(name_or_uri: str) -> str:
         return Path(name_or_uri).expanduser().absolute().as_posix()
     if not NAME.fullmatch(name_or_uri):
         raise ManifestError(
-            f"corpus name {name_or_uri!r} is not letters, digits, '.', '_' and '-'; a path needs a slash, as in ./corpus"
+            f"corpus name {name_or_uri!r} is not letters, digits, '.', '_', '-'; a path has a slash, as in ./corpus"
         )
     return store.join(store.root(), "corpora", name_or_uri)
 

@@ -25,6 +25,7 @@ REASONS = {
     "animated": "more than one frame",
     "unreadable": "the file system gives an error, or no permission",
     "missing_label": "in no class folder, or without a label",
+    "missing_image": "a sample of a tar without an image",
     "bad_name": "the file name is not UTF-8",
 }
 
@@ -63,7 +64,7 @@ def check_fraction(rejected: list[Rejected], total: int, max_bad_fraction: float
         lines.append(f"  and {len(rejected) - len(shown):,} more")
     raise QuarantineError(
         f"{len(rejected):,} of {total:,} images are bad ({len(rejected) / total:.2%}: {counts}), "
-        f"max_bad_fraction allows {max_bad_fraction:.2%}; repair or remove them, or allow more with --max-bad-fraction\n"
+        f"max_bad_fraction allows {max_bad_fraction:.2%}; repair or remove them, or raise it with --max-bad-fraction\n"
         + "\n".join(lines)
     )
 

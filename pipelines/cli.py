@@ -1,0 +1,329 @@
+"""`vit VERB ...`: the one entry for a person. Verbs are names here; what they need is imported when one is chosen."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines.config import RecipeError
+from pipelines.workflow.stages import STAGES, nearest, recipe_class
+
+__all__ = ["UsageError", "main"]
+
+OK, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+OURS = ("pipelines", "infra", "vit_model")
+
+
+class UsageError(ValueError):
+    """The command itself is wrong: exit code 2, nothing was started."""
+
+
+@dataclass(frozen=True, slots=True)
+class Flags:
+    """Flags that any verb takes; they may stand anywhere after it."""
+
+    again: bool = False
+    debug: bool = False
+    plain: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    usage: str
+    help: str
+    call: Callable[[list[str], Flags], int]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0 done, 1 failed, 2 wrong command or recipe, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = "vit " + shlex.join(arguments)
+    debug = "--debug" in arguments
+    try:
+        return _dispatch(arguments)
+    except KeyboardInterrupt:
+        _say_error(f"interrupted; the same command resumes: {command}")
+        return INTERRUPTED
+    except SystemExit as stop:  # tyro's own --help (0) and flag errors (2); SIGTERM (143)
+        if stop.code == TERMINATED:
+            _say_error(f"terminated; the same command resumes: {command}")
+        return stop.code if isinstance(stop.code, int) else (OK if stop.code is None else FAILED)
+    except BrokenPipeError:  # `vit recipes | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except Exception as error:
+        return _report(error, debug)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in {"-h", "--help", "help"}:
+        _say_help()
+        return OK
+    verb, *rest = arguments
+    if verb in {"--version", "-V"}:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            _write(f"vit {version('vit-pipelines')}")
+        except PackageNotFoundError:
+            _write("vit (run from the source folder, not installed)")
+        return OK
+    if verb not in VERBS:
+        raise UsageError(f"unknown verb {verb!r}{nearest(verb, VERBS)}; `vit --help` shows them all")
+    flags = Flags(**{name: f"--{name}" in rest for name in ("again", "debug", "plain")})
+    rest = [word for word in rest if word not in {"--again", "--debug", "--plain"}]
+    if verb not in STAGES and verb not in INFRA and rest[:1] in (["--help"], ["-h"]):
+        _write(f"usage: vit {verb} {VERBS[verb].usage}\n\n{VERBS[verb].help}")
+        return OK
+    _set_up_process(flags.debug)
+    return VERBS[verb].call(rest, flags)
+
+
+def _set_up_process(debug: bool) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    for package in OURS:
+        logging.getLogger(package).setLevel(logging.DEBUG if debug else logging.INFO)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # So that a lease is given back and children end.
+        try:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+        except ValueError:  # Not the main thread: a notebook or a test.
+            logging.getLogger(__name__).debug("SIGTERM is left as it is outside the main thread")
+
+
+# ---------------------------------------------------------------------------------------------------------- the verbs
+
+
+def _infra(verb: str) -> Callable[[list[str], Flags], int]:
+    def call(arguments: list[str], flags: Flags) -> int:
+        from infra.cli import main as infra_main
+
+        return int(infra_main([verb, *arguments]) or OK)
+
+    return call
+
+
+def _stage(stage: str) -> Callable[[list[str], Flags], int]:
+    def call(arguments: list[str], flags: Flags) -> int:
+        from pipelines.config import parse
+
+        if arguments and "://" in arguments[0]:  # A recipe that `vit submit` left in the store.
+            ensure_stack()
+            recipe = _stored_recipe(stage, arguments)
+        else:
+            recipe = parse(recipe_class(stage), arguments, prog=f"vit {stage}")
+            ensure_stack()
+        from pipelines.workflow.report import say_result
+        from pipelines.workflow.runner import again, run_stage_named
+
+        with again(flags.again):
+            say_result(run_stage_named(stage, recipe))
+        return OK
+
+    return call
+
+
+def _stored_recipe(stage: str, arguments: list[str]) -> Any:
+    import tempfile
+    from pathlib import Path
+
+    from pipelines.config import parse
+    from pipelines.store import download
+
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = download(arguments[0], Path(folder) / f"{stage}.yaml")
+        return parse(recipe_class(stage), [str(recipe), *arguments[1:]], prog=f"vit {stage}")
+
+
+def _run(arguments: list[str], flags: Flags) -> int:
+    from pipelines.workflow.report import duration, say_step
+    from pipelines.workflow.runner import again
+    from pipelines.workflow.spec import load_workflow
+
+    name, values = _workflow_arguments("run", arguments)
+    workflow = load_workflow(name, values)
+    ensure_stack()
+    from pipelines.progress import say
+
+    started = time.monotonic()
+    with again(flags.again):
+        outcomes = run_workflow(workflow, plain=flags.plain, observe=say_step)
+    ran = sum(not outcome.result.reused for outcome in outcomes.values())
+    say(f"{workflow.name}: {ran} ran, {len(outcomes) - ran} reused, {duration(time.monotonic() - started)}")
+    return OK
+
+
+def run_workflow(workflow: Any, *, plain: bool, observe: Callable[[Any], None]) -> dict[str, Any]:
+    """Through Dagster in this process, or plainly one step after the other; the results are the same."""
+    if plain:
+        from pipelines.workflow.runner import run_plain
+
+        return run_plain(workflow, observe)
+    from pipelines.workflow.assets import run_in_process
+
+    return run_in_process(workflow, observe)
+
+
+def _demo(arguments: list[str], flags: Flags) -> int:
+    from pipelines.demo import main as demo_main
+
+    return demo_main(arguments, plain=flags.plain, again=flags.again)
+
+
+def _why(arguments: list[str], flags: Flags) -> int:
+    from pipelines.why import main as why_main
+
+    return why_main(arguments, ensure_stack)
+
+
+def _schedule(arguments: list[str], flags: Flags) -> int:
+    from pipelines.workflow.schedules import main as schedule_main
+
+    return schedule_main(arguments, ensure_stack)
+
+
+def _submit(arguments: list[str], flags: Flags) -> int:
+    from pipelines.workflow.submit import main as submit_main
+
+    return submit_main(arguments, again=flags.again, prepare=ensure_stack)
+
+
+def _recipes(arguments: list[str], flags: Flags) -> int:
+    from pipelines.config import find_recipe, packaged_recipes
+    from pipelines.progress import say
+
+    names = [name for name in packaged_recipes() if not arguments or any(word in name for word in arguments)]
+    if not names:
+        if not arguments:
+            raise UsageError("this installation has no packaged recipes; install it again")
+        raise UsageError(f"no packaged recipe has {' or '.join(arguments)} in its name; `vit recipes` lists them all")
+    width = max(map(len, names))
+    for name in names:
+        with find_recipe(name).open() as lines:
+            first = next((line[1:].strip() for line in lines if line.startswith("#")), "")
+        say(f"{name:<{width}}  {first}".rstrip())
+    return OK
+
+
+INFRA = {
+    "up": "start the embedded stack: object store, MLflow server, Ray head; a second `up` attaches",
+    "down": "stop exactly what `up` started; the data stays",
+    "status": "what runs where",
+    "env": 'the endpoints as shell exports: eval "$(vit env)"',
+}
+VERBS: dict[str, Verb] = {
+    "demo": Verb("[--corpus DIR] [--plain]", "the whole flow on real images, from raw files to a champion", _demo),
+    **{verb: Verb("[--help]", text, _infra(verb)) for verb, text in INFRA.items()},
+    **{stage: Verb("RECIPE [--dotted.flag VALUE ...]", text, _stage(stage)) for stage, text in STAGES.items()},
+    "run": Verb(
+        "WORKFLOW [--STEP.dotted.field VALUE ...] [--plain]",
+        "all steps of a workflow file, finished ones reused; --plain: without Dagster",
+        _run,
+    ),
+    "why": Verb(
+        "[STAGE] RECIPE | WORKFLOW [--dotted.flag VALUE ...]",
+        "finished, running or missing, and which fields differ from the nearest former run",
+        _why,
+    ),
+    "submit": Verb(
+        "[--working-dir DIR] STAGE RECIPE [--dotted.flag VALUE ...]",
+        "a stage as a job on the Ray cluster; attaches when it already runs there",
+        _submit,
+    ),
+    "schedule": Verb("start|stop|status [WORKFLOW]", "run a workflow by the clock: its file says when", _schedule),
+    "recipes": Verb("[WORD ...]", "the packaged recipes and what each is for", _recipes),
+}
+
+
+def _workflow_arguments(verb: str, arguments: list[str]) -> tuple[str, dict[str, dict[str, Any]]]:
+    """WORKFLOW and {step: {dotted field: value}} from `--STEP.field VALUE` flags."""
+    import yaml
+
+    if not arguments or arguments[0].startswith("-"):
+        from pipelines.workflow.spec import packaged_workflows
+
+        raise UsageError(f"vit {verb} needs a workflow: a YAML path or one of {', '.join(packaged_workflows())}")
+    name, *flags = arguments
+    values: dict[str, dict[str, Any]] = {}
+    words = [part for word in flags for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    while words:
+        flag = words.pop(0)
+        step, dot, field = flag.removeprefix("--").partition(".")
+        if not flag.startswith("--") or not dot or not field or not words:
+            raise UsageError(f"{flag!r}: a workflow takes flags of the form --STEP.field VALUE")
+        values.setdefault(step, {})[field.replace("-", "_")] = yaml.safe_load(words.pop(0))
+    return name, values
+
+
+def ensure_stack() -> None:
+    """Starts or heals the embedded stack unless the environment names other endpoints; says what it did."""
+    from infra.endpoints import ensure
+    from pipelines.progress import say
+
+    ensure(say=say)
+
+
+# -------------------------------------------------------------------------------------------------- help and messages
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text + "\n")  # Without rich: `vit --help` answers at once.
+
+
+def _say_help() -> None:
+    groups = {
+        "start here": ["demo", *INFRA],
+        "stages: vit VERB RECIPE [--dotted.flag VALUE ...]": list(STAGES),
+        "together": ["run", "why", "submit", "schedule", "recipes"],
+    }
+    _write("usage: vit VERB ...\n\nPretrain, fine-tune and ship Vision Transformers on your own image corpus.")
+    for title, verbs in groups.items():
+        _write(f"\n{title}")
+        for verb in verbs:
+            _write(f"  {verb:<9} {VERBS[verb].help}")
+    _write(
+        "\nA RECIPE is a YAML path or the name of a packaged recipe (`vit recipes`); `vit VERB RECIPE --help` shows its"
+        "\nfields. A finished stage is not computed again: its result is reused; --again recomputes. --debug shows"
+        "\ntracebacks. Exit code: 0 done, 1 failed, 2 wrong command or recipe, 130 interrupted: the same command resumes."
+    )
+
+
+def _say_error(text: str) -> None:
+    sys.stdout.flush()
+    sys.stderr.write(f"vit: {text}\n")
+    sys.stderr.flush()
+
+
+def _report(error: Exception, debug: bool) -> int:
+    if isinstance(error, UsageError | RecipeError):
+        _say_error(str(error))
+        if debug:
+            _say_traceback(error)
+        return USAGE
+    from pipelines.identity import Held
+    from pipelines.workflow.runner import StepFailed, root_error
+
+    if isinstance(error, Held):
+        _say_error(str(error))
+        return OK
+    step = f"step {error.step}: " if isinstance(error, StepFailed) else ""
+    root = root_error(error.__cause__ if isinstance(error, StepFailed) and error.__cause__ else error)
+    expected = isinstance(root, ValueError | OSError) or type(root).__module__.split(".")[0] in OURS
+    if debug or not expected:
+        _say_traceback(error)
+    text = str(root) if expected else f"{type(root).__name__}: {root}"
+    _say_error(f"{step}{text or type(root).__name__}" + ("" if debug or not expected else "  (--debug shows where)"))
+    return USAGE if isinstance(root, UsageError | RecipeError) else FAILED
+
+
+def _say_traceback(error: Exception) -> None:
+    import traceback
+
+    sys.stdout.flush()
+    traceback.print_exception(error)

@@ -1,0 +1,127 @@
+"""Every file of a source with size and ETag: what the plan freezes and what names the input of `vit shard`."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines import store
+from pipelines.corpus.errors import SourceError
+
+__all__ = ["SourceFile", "is_hidden", "list_files", "listing_digest", "local_etag"]
+
+IGNORED_NAMES = frozenset({"Thumbs.db", "desktop.ini", "__MACOSX"})
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    path: str  # Relative to the source, with slashes.
+    uri: str
+    size: int
+    etag: str
+
+
+def local_etag(status: os.stat_result) -> str:
+    """Size and time of change. No inode: a copy that keeps its times is the same source."""
+    return f"{status.st_size}-{status.st_mtime_ns}"
+
+
+def is_hidden(path: str) -> bool:
+    return any(part.startswith(".") or part in IGNORED_NAMES for part in path.split("/"))
+
+
+def list_files(source: str) -> tuple[list[SourceFile], dict[str, int]]:
+    """All files below a folder, a bucket prefix, or one file; and how many were ignored, by kind."""
+    ignored: Counter[str] = Counter()
+    found = _bucket(source, ignored) if store.is_s3(source) else _folder(source, ignored)
+    files = sorted(found, key=lambda file: file.path)
+    if not files:
+        raise SourceError(
+            f"source {source} is empty; it takes class folders with images, IDX files or WebDataset tars"
+            + (f" (ignored: {dict(ignored)})" if ignored else "")
+        )
+    return files, dict(sorted(ignored.items()))
+
+
+def _bucket(source: str, ignored: Counter[str]) -> Iterator[SourceFile]:
+    source = source.rstrip("/")
+    if source.endswith(".tar"):
+        try:
+            info = store.stat(source)
+        except store.NotFound as error:
+            raise SourceError(f"source {source} does not exist: {error}") from None
+        yield SourceFile(source.rpartition("/")[2], source, info.size, info.etag)
+        return
+    try:
+        for info in store.list_objects(source):
+            path = info.uri.removeprefix(source).lstrip("/")
+            if is_hidden(path):
+                ignored["hidden"] += 1
+            else:
+                yield SourceFile(path, info.uri, info.size, info.etag)
+    except store.NotFound as error:
+        raise SourceError(f"source {source} does not exist: {error}") from None
+
+
+def _folder(source: str, ignored: Counter[str]) -> Iterator[SourceFile]:
+    base = Path(source).expanduser().absolute()
+    if not base.exists():
+        import difflib
+
+        siblings = [path.name for path in base.parent.iterdir()] if base.parent.is_dir() else []
+        near = difflib.get_close_matches(base.name, siblings, n=3)
+        hint = f"; nearest: {', '.join(near)}" if near else "; a bucket is written s3://BUCKET/PREFIX"
+        raise SourceError(f"source {source} does not exist{hint}")
+    if base.is_file():
+        yield SourceFile(base.name, str(base), base.stat().st_size, local_etag(base.stat()))
+        return
+    yield from _walk(str(base), "", os.path.realpath(base), {os.path.realpath(base)}, ignored)
+
+
+def _walk(folder: str, prefix: str, base: str, above: set[str], ignored: Counter[str]) -> Iterator[SourceFile]:
+    """A link into the source is a second name of a file that is listed anyway; a link out of it is followed."""
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise SourceError(f"cannot list {folder}: {error.strerror}; check its permissions") from None
+    for entry in entries:
+        path = prefix + entry.name
+        if is_hidden(entry.name):
+            ignored["hidden"] += sum(1 for _ in _files_below(entry))
+            continue
+        if entry.is_symlink():
+            target = os.path.realpath(entry.path)
+            if os.path.commonpath([base, target]) == base:
+                ignored["symlink"] += 1
+                continue
+            if not Path(target).exists():
+                ignored["broken_symlink"] += 1
+                continue
+        if entry.is_dir():
+            real = os.path.realpath(entry.path)
+            if real not in above:  # A link to a folder that leads back here would never end.
+                yield from _walk(entry.path, path + "/", base, above | {real}, ignored)
+        elif entry.is_file():
+            status = entry.stat()
+            yield SourceFile(path, entry.path, status.st_size, local_etag(status))
+        else:
+            ignored["device"] += 1
+
+
+def _files_below(entry: os.DirEntry[str]) -> Iterator[str]:
+    if not entry.is_dir(follow_symlinks=False):
+        yield entry.path
+        return
+    for _, _, names in os.walk(entry.path):
+        yield from names
+
+
+def listing_digest(kind: str, files: list[SourceFile]) -> str:
+    total = hashlib.sha256(kind.encode())
+    for file in files:
+        total.update(f"\n{file.path}\0{file.size}\0{file.etag}".encode("utf-8", "surrogateescape"))
+    return total.hexdigest()

@@ -1,0 +1,325 @@
+"""The frozen plan: which sample goes into which shard, decided before anything is written.
+
+Shard i is a pure function of (plan, i). BASE/plans/DIGEST/{plan.json, listing/*.parquet, shards/*}; plan.json is last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from pipelines import store
+from pipelines.corpus.commit import order_splits
+from pipelines.corpus.errors import CorpusError, SourceError
+from pipelines.corpus.fetch import Planned
+from pipelines.corpus.quarantine import Rejected
+from pipelines.corpus.sources import Entries
+from pipelines.corpus.tar import sample_key
+from pipelines.identity import canonical
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = [
+    "Plan",
+    "PlannedShard",
+    "Validate",
+    "assign_splits",
+    "cut",
+    "freeze",
+    "load_plan",
+    "make_plan",
+    "permutation",
+]
+
+Validate = Literal["header", "decode"]
+PLAN_VERSION = 1  # Raised when the same source and recipe would give other shards.
+PART_SHARDS = 64  # Shards of one part of the listing; a worker reads the footer of its part and its own row group.
+U64 = np.dtype(np.uint64)
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedShard:
+    number: int
+    split: str
+    name: str
+    rows: int
+    bytes: int  # Of source.
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    uri: str
+    digest: str
+    kind: str
+    validate: Validate
+    class_names: tuple[str, ...]
+    shards: tuple[PlannedShard, ...]
+    rejected: tuple[Rejected, ...]  # Found by listing alone; no shard knows them.
+    ignored: dict[str, int]
+
+    @property
+    def base(self) -> str:
+        return self.uri.rsplit("/plans/", 1)[0]
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.rows for shard in self.shards)
+
+    def rows(self, number: int) -> list[Planned]:
+        """The samples of one shard, in the order of the tar."""
+        import pyarrow.parquet as pq
+
+        uri = store.join(self.uri, "listing", f"{number // PART_SHARDS:06d}.parquet")
+        info = store.stat(uri)
+        with pq.ParquetFile(_Object(uri, info.size)) as file:
+            table = file.read_row_group(number % PART_SHARDS)
+        columns = (table[field.name].to_pylist() for field in dataclasses.fields(Planned))
+        return [Planned(*row) for row in zip(*columns, strict=True)]
+
+
+class _Object(io.RawIOBase):
+    """Read-only file over store.read, for the footer and one row group of a Parquet object."""
+
+    def __init__(self, uri: str, size: int) -> None:
+        self._uri, self._size, self._position = uri, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence] + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        length = min(len(buffer), self._size - self._position)
+        data = store.read(self._uri, self._position, length) if length > 0 else b""
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
+# Pure laws ----------------------------------------------------------------------------------------------------------
+
+
+def _mix(x: np.ndarray[Any, np.dtype[np.uint64]]) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """splitmix64 (Steele, Lea, Flood 2014): a bijection of 64-bit numbers that looks random. Never changes."""
+    with np.errstate(over="ignore"):
+        x = x + U64.type(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> U64.type(30))) * U64.type(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> U64.type(27))) * U64.type(0x94D049BB133111EB)
+    return x ^ (x >> U64.type(31))
+
+
+def permutation(keys: np.ndarray[Any, np.dtype[np.uint64]], seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """An order that depends on each key and the seed alone, so new samples never change how old ones compare."""
+    mixed = _mix(keys ^ _mix(np.array([seed % 2**64], np.uint64)))
+    return np.argsort(mixed, kind="stable")
+
+
+def assign_splits(
+    keys: np.ndarray[Any, np.dtype[np.uint64]], fractions: Mapping[str, float]
+) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Index into the fractions for each key: a function of the key alone, so growing a corpus moves no sample."""
+    bounds = np.cumsum(list(fractions.values()))[:-1]
+    return np.searchsorted(bounds, keys.astype(np.float64) / 2.0**64, side="right")
+
+
+def cut(sizes: np.ndarray[Any, np.dtype[np.int64]], shard_bytes: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Shard number of each sample in order: as few shards as the limit allows, all of nearly the same source bytes."""
+    total = int(sizes.sum())
+    wanted = max(1, -(-total // shard_bytes))
+    bounds = np.array([total * i // wanted for i in range(wanted)], np.int64)
+    starts = np.cumsum(sizes) - sizes
+    numbers = np.searchsorted(bounds, starts, side="right") - 1
+    # A sample larger than a shard leaves numbers unused: close them up.
+    return np.unique(numbers, return_inverse=True)[1].astype(np.int64)
+
+
+def name_classes(
+    labels: Sequence[str | int], classes: Sequence[str] | None, where: str
+) -> tuple[tuple[str, ...], np.ndarray[Any, np.dtype[np.int32]]]:
+    """Class names in order of the label, and the label of each sample."""
+    kinds = {type(label) for label in labels}
+    if len(kinds) > 1:
+        raise SourceError(f"source {where} mixes class names and class numbers; use one of them in every label")
+    if kinds == {int}:
+        numbers = np.asarray(labels, np.int64)
+        low, high = int(numbers.min()), int(numbers.max())
+        names = tuple(classes) if classes is not None else tuple(str(number) for number in range(high + 1))
+        if low < 0 or high >= len(names):
+            raise SourceError(f"source {where} has labels {low}..{high}, classes names {len(names)}; name every class")
+        return names, numbers.astype(np.int32)
+    names = tuple(classes) if classes is not None else tuple(sorted(set(map(str, labels))))
+    index = {name: number for number, name in enumerate(names)}
+    if unknown := sorted(set(map(str, labels)) - index.keys()):
+        import difflib
+
+        near = difflib.get_close_matches(unknown[0], names, n=1)
+        hint = f"; nearest: {near[0]}" if near else ""
+        raise SourceError(f"source {where} has class {unknown[0]!r}, which is not in `classes`{hint}; add it there")
+    return names, np.array([index[str(label)] for label in labels], np.int32)
+
+
+# Making, freezing, loading --------------------------------------------------------------------------------------------
+
+
+def make_plan(
+    base: str,
+    entries: Entries,
+    *,
+    kind: str,
+    source: str,
+    seed: int,
+    shard_bytes: int,
+    splits: Mapping[str, float] | None,
+    classes: Sequence[str] | None,
+    validate: Validate,
+) -> tuple[Plan, pa.Table]:
+    """Decide every shard. Returns the plan and its listing (Planned rows plus the shard number), not yet written."""
+    import pyarrow as pa
+
+    if classes is not None and entries.class_names is not None and tuple(classes) != entries.class_names:
+        raise SourceError(
+            f"source {source} names its classes {', '.join(entries.class_names)}, the recipe {', '.join(classes)};"
+            " leave `classes` out, or take the file with the names out of the source"
+        )
+    class_names, labels = name_classes(entries.label, classes or entries.class_names, source)
+    keys = np.array([int(sample_key(path), 16) for path in entries.path], np.uint64)
+    if len(np.unique(keys)) < len(keys):
+        raise CorpusError(f"source {source}: two paths have the same 64-bit key; rename one of them")
+    names, split = _splits(entries.split, keys, splits, source)
+    sizes = np.asarray(entries.size, np.int64)
+    order = permutation(keys, seed) if kind != "tars" else _tar_order(entries, seed)
+
+    chosen: list[np.ndarray[Any, Any]] = []
+    shards: list[tuple[str, int, int]] = []
+    for number, name in enumerate(names):
+        own = order[split[order] == number]
+        numbers = cut(sizes[own], shard_bytes)
+        for rows in np.split(own, np.flatnonzero(np.diff(numbers)) + 1):
+            chosen.append(rows)
+            shards.append((name, len(rows), int(sizes[rows].sum())))
+    rows = np.concatenate(chosen)
+    listing = pa.table(
+        {
+            "path": pa.array(entries.path).take(rows),
+            "uri": pa.array(entries.uri).take(rows),
+            "offset": pa.array(entries.offset, pa.int64()).take(rows),
+            "size": pa.array(sizes).take(rows),
+            "etag": pa.array(entries.etag).take(rows),
+            "label": pa.array(labels).take(rows),
+            "shard": pa.array(np.repeat(np.arange(len(shards), dtype=np.int32), [count for _, count, _ in shards])),
+        }
+    )
+    digest = _digest(listing, kind, class_names, validate, shards)
+    return (
+        Plan(
+            uri=store.join(base, "plans", digest),
+            digest=digest,
+            kind=kind,
+            validate=validate,
+            class_names=class_names,
+            shards=tuple(
+                PlannedShard(number, name, f"{name}-{digest[:12]}-{number:06d}.tar", count, size)
+                for number, (name, count, size) in enumerate(shards)
+            ),
+            rejected=tuple(entries.rejected),
+            ignored=dict(sorted(entries.ignored.items())),
+        ),
+        listing,
+    )
+
+
+def _splits(
+    given: Sequence[str | None],
+    keys: np.ndarray[Any, np.dtype[np.uint64]],
+    fractions: Mapping[str, float] | None,
+    source: str,
+) -> tuple[list[str], np.ndarray[Any, np.dtype[np.int64]]]:
+    """Fractions divide what the source calls train, or all of it if it names no split; its other splits stay."""
+    own = [split or "train" for split in given]
+    if fractions is not None:
+        if taken := sorted((set(own) - {"train"}) & fractions.keys()):
+            raise SourceError(
+                f"source {source} has its own split {taken[0]!r}, and splits names it too; leave {taken[0]!r} out of"
+                " splits (the fractions divide train), or leave splits out"
+            )
+        names = order_splits([*fractions, *(set(own) - {"train"})])
+        of = np.array([names.index(name) if name != "train" else -1 for name in own], np.int64)
+        parts = np.array([names.index(name) for name in fractions], np.int64)[assign_splits(keys, fractions)]
+        numbers = np.where(of < 0, parts, of)
+    else:
+        names = order_splits(own)
+        numbers = np.array([names.index(name) for name in own], np.int64)
+    used = np.unique(numbers)
+    if len(used) < len(names):
+        empty = [name for number, name in enumerate(names) if number not in used]
+        raise SourceError(f"split {empty[0]!r} would be empty: {len(keys):,} images are too few for splits={fractions}")
+    return names, numbers
+
+
+def _tar_order(entries: Entries, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Whole tars are permuted; inside a tar the order stays, so that each is read once from front to back."""
+    tars = {uri: entries.path[first].split(".tar/")[0] for first, uri in reversed(list(enumerate(entries.uri)))}
+    keys = np.array([int(sample_key(name), 16) for name in tars.values()], np.uint64)
+    rank = dict(zip([list(tars)[i] for i in permutation(keys, seed)], range(len(tars)), strict=True))
+    return np.lexsort((np.asarray(entries.offset), [rank[uri] for uri in entries.uri]))
+
+
+def _digest(
+    listing: pa.Table, kind: str, class_names: Sequence[str], validate: str, shards: Sequence[tuple[str, int, int]]
+) -> str:
+    head = [PLAN_VERSION, kind, list(class_names), validate, [list(shard) for shard in shards]]
+    total = hashlib.sha256(canonical(head).encode())
+    columns = [listing[name].to_pylist() for name in ("path", "offset", "size", "etag", "label")]
+    for row in zip(*columns, strict=True):
+        total.update("\n{}\0{}\0{}\0{}\0{}".format(*row).encode())
+    return total.hexdigest()
+
+
+def freeze(plan: Plan, listing: pa.Table) -> None:
+    """Write the plan; nothing happens if it is there already, because its name is its content."""
+    import pyarrow.parquet as pq
+
+    head = store.join(plan.uri, "plan.json")
+    if store.exists(head):
+        return
+    start = 0
+    for part in range(0, len(plan.shards), PART_SHARDS):
+        sink = io.BytesIO()
+        with pq.ParquetWriter(sink, listing.schema, compression="zstd") as writer:
+            for shard in plan.shards[part : part + PART_SHARDS]:
+                writer.write_table(listing.slice(start, shard.rows), row_group_size=max(shard.rows, 1))
+                start += shard.rows
+        store.write(store.join(plan.uri, "listing", f"{part // PART_SHARDS:06d}.parquet"), sink.getvalue())
+    store.write_json(head, {"version": PLAN_VERSION, **dataclasses.asdict(plan)} | {"uri": None})
+
+
+@lru_cache(maxsize=2)
+def load_plan(uri: str) -> Plan:
+    value = store.read_json(store.join(uri, "plan.json"))
+    if value.pop("version") != PLAN_VERSION:
+        raise CorpusError(f"{uri} was written by another release; run `vit shard` again")
+    return Plan(
+        **value
+        | {
+            "uri": uri,
+            "class_names": tuple(value["class_names"]),
+            "shards": tuple(PlannedShard(**shard) for shard in value["shards"]),
+            "rejected": tuple(Rejected(**item) for item in value["rejected"]),
+        }
+    )

@@ -1,0 +1,165 @@
+"""WebDataset tars of others as a source: what samples they hold, read in order. Nothing is ever unpacked to disk.
+
+Members that share their name up to the first dot are one sample: an image and its label in .cls or .json.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import tarfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from pipelines.corpus.errors import SourceError
+from pipelines.corpus.fetch import read_source
+from pipelines.corpus.images import ImageRejected
+from pipelines.corpus.listing import SourceFile
+from pipelines.corpus.sources import SPLIT_NAMES, Entries, split_from_name
+
+__all__ = ["tar_entries"]
+
+log = logging.getLogger(__name__)
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+LABEL_BYTES = 1 << 20  # A .cls or .json beyond this is no label.
+BLOCK = 512
+BUFFER = 8 << 20  # One ranged request; headers of small samples lie close together.
+
+
+class _Ranged(io.RawIOBase):
+    """A source object as a seekable file."""
+
+    def __init__(self, file: SourceFile) -> None:
+        self._file, self._position = file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._file.size}[whence]
+        self._position = base + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        length = min(len(buffer), self._file.size - self._position)
+        if length <= 0:
+            return 0
+        data = read_source(self._file.uri, self._file.etag, self._position, length)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
+def tar_entries(files: Sequence[SourceFile]) -> Entries:
+    entries = Entries()
+    tars = [file for file in files if file.path.endswith(".tar")]
+    entries.ignored["other"] = len(files) - len(tars)
+    with ThreadPoolExecutor(8) as pool:
+        for part in pool.map(_one_tar, tars):
+            for name in ("path", "uri", "offset", "size", "etag", "split", "label", "rejected"):
+                getattr(entries, name).extend(getattr(part, name))
+            entries.ignored.update(part.ignored)
+    entries.ignored += type(entries.ignored)()  # Drops zeros.
+    return entries
+
+
+def _one_tar(file: SourceFile) -> Entries:
+    entries = Entries()
+    folder, _, name = file.path.rpartition("/")
+    split = SPLIT_NAMES.get(folder.split("/")[0].lower()) or split_from_name(name)
+    sample: dict[str, tarfile.TarInfo] = {}
+    prefix: str | None = None
+    try:
+        raw = io.BufferedReader(_Ranged(file), BUFFER)
+        with tarfile.open(fileobj=raw, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every member it has seen
+                if member.isdir():
+                    continue
+                if not member.isreg() or member.issparse():
+                    entries.ignored["tar_link_or_device"] += 1
+                    continue
+                own, _, extension = _cut(member.name)
+                if own != prefix:
+                    _add_sample(entries, file, tar, split, prefix, sample)
+                    prefix, sample = own, {}
+                if extension.lower() in sample:
+                    raise SourceError(f"{file.uri}: two members {member.name!r}; repair the tar")
+                sample[extension.lower()] = member
+            _add_sample(entries, file, tar, split, prefix, sample)
+            _check_end(file, raw, tar.offset, entries)
+    except (tarfile.TarError, EOFError) as error:
+        raise SourceError(f"{file.uri} is a damaged tar ({error}); repair it or take it out of the source") from None
+    except ImageRejected as error:
+        raise SourceError(f"cannot read {file.uri}: {error.detail}") from None
+    return entries
+
+
+def _cut(name: str) -> tuple[str, str, str]:
+    """WebDataset's rule: the key ends at the first dot after the last slash."""
+    folder, slash, base = name.rpartition("/")
+    stem, dot, extension = base.partition(".")
+    return f"{folder}{slash}{stem}", dot, extension
+
+
+def _check_end(file: SourceFile, raw: io.BufferedIOBase, position: int, entries: Entries) -> None:
+    """tarfile takes a broken header for the end of the archive: hundreds of images would be lost without a word."""
+    raw.seek(position)
+    block = raw.read(BLOCK)
+    if block.strip(b"\0"):
+        raise SourceError(f"{file.uri}: broken tar header at byte {position:,}; repair it or take it out of the source")
+    if not block:
+        log.warning("%s has no end-of-archive mark: it may have been cut short", file.uri)
+        entries.ignored["tar_without_end_mark"] += 1
+
+
+def _add_sample(
+    entries: Entries,
+    file: SourceFile,
+    tar: tarfile.TarFile,
+    split: str | None,
+    prefix: str | None,
+    sample: dict[str, tarfile.TarInfo],
+) -> None:
+    if prefix is None:
+        return
+    extension = next((name for name in IMAGE_EXTENSIONS if name in sample), None)
+    if extension is None:
+        entries.reject(f"{file.path}/{prefix}", split, "missing_image", f"members: {', '.join(sorted(sample))}")
+        return
+    image = sample[extension]
+    path = f"{file.path}/{prefix}.{extension}"
+    label = _label(tar, sample)
+    if label is None:
+        entries.reject(path, split, "missing_label", "no usable .cls or .json beside the image")
+    else:
+        entries.add(path, file.uri, image.offset_data, image.size, file.etag, split, label)
+    for name in sample.keys() - {extension, "cls", "json"}:
+        entries.ignored[f"tar_member_{name}"] += 1
+
+
+def _label(tar: tarfile.TarFile, sample: dict[str, tarfile.TarInfo]) -> str | int | None:
+    """.cls as a number or a name; else "label" of .json."""
+    for name in ("cls", "json"):
+        member = sample.get(name)
+        if member is None or member.size > LABEL_BYTES:
+            continue
+        stream = tar.extractfile(member)
+        try:
+            value = stream.read().decode().strip() if stream else ""
+            if name == "json":
+                value = json.loads(value).get("label")
+        except (ValueError, AttributeError):
+            continue
+        if isinstance(value, str) and value.isdecimal():
+            return int(value)
+        if isinstance(value, (str, int)) and not isinstance(value, bool) and value != "":
+            return value
+    return None

@@ -1,0 +1,202 @@
+"""Stage `shard`: raw images in, a corpus (WebDataset tars and a versioned manifest) out. Plan first, manifest last."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipelines import identity, store
+from pipelines.config import Strict, how, input_
+from pipelines.identity import Attempt, StageResult
+from pipelines.progress import progress, say
+
+if TYPE_CHECKING:
+    from pipelines.corpus.commit import ShardRecord
+    from pipelines.corpus.manifest import Corpus
+    from pipelines.corpus.plan import Plan
+    from pipelines.corpus.sources import Source
+
+__all__ = ["STAGE", "VERSION", "ShardRecipe", "run"]
+
+STAGE = "shard"
+VERSION = 1
+MAX_TASKS = 2048  # Tasks of one execution; with more shards than that a task makes several.
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardRecipe(Strict):
+    """Raw images to a corpus."""
+
+    source: str = input_()  # Folder or s3://BUCKET/PREFIX of class folders, IDX files or WebDataset tars.
+    destination: str  # Name of the corpus, or a folder or s3:// prefix for it.
+    shard_bytes: int = 100_000_000  # Source bytes of one shard.
+    seed: int = 0  # Of the order in which images are laid into shards.
+    splits: dict[str, float] | None = None  # Fractions of train by hash of the path; null: as the source has it.
+    classes: tuple[str, ...] | None = None  # Class names in order of the label; null: as found, sorted.
+    validate: Literal["header", "decode"] = "decode"  # How far each image is looked at.
+    max_bad_fraction: float = 0.01  # Fail when more images than this are bad.
+    num_workers: int | None = how(default=None)  # Shards made at a time; null: one per CPU of the cluster.
+
+    def __post_init__(self) -> None:
+        if self.shard_bytes < 1:
+            raise ValueError(f"shard_bytes={self.shard_bytes} is below 1; 100000000 is usual")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"max_bad_fraction={self.max_bad_fraction} is not between 0 and 1")
+        if self.num_workers is not None and self.num_workers < 1:
+            raise ValueError(f"num_workers={self.num_workers} is below 1; leave it out for one per CPU")
+        if self.splits is not None:
+            self._check_splits(self.splits)
+        if self.classes is not None:
+            if twice := sorted({name for name in self.classes if self.classes.count(name) > 1}):
+                raise ValueError(f"classes names {twice[0]!r} twice; class names must differ")
+            if len(self.classes) < 2:
+                raise ValueError(f"classes={list(self.classes)}: a classifier needs two or more")
+
+    @staticmethod
+    def _check_splits(splits: dict[str, float]) -> None:
+        for name, fraction in splits.items():
+            if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+                raise ValueError(f"splits: {name!r} is no split name; lower-case letters, digits and '_'")
+            if not 0 < fraction <= 1:
+                raise ValueError(f"splits: {name}={fraction} is not above 0 and at most 1")
+        if not math.isclose(total := sum(splits.values()), 1.0, abs_tol=1e-6):
+            raise ValueError(f"splits add up to {total:g}, they must add up to 1")
+        if "train" not in splits:
+            raise ValueError(f"splits={splits} has no 'train'; the fractions divide it")
+
+
+def run(recipe: ShardRecipe) -> StageResult:
+    """Make the corpus, or return the one that the same source and recipe made before."""
+    from pipelines.corpus.sources import open_source
+
+    source = open_source(recipe.source)
+    return identity.run_stage(STAGE, VERSION, recipe, {"source": source.digest}, partial(_work, recipe, source))
+
+
+def _work(recipe: ShardRecipe, source: Source, attempt: Attempt) -> StageResult:
+    from pipelines.corpus.commit import commit, current_etag
+    from pipelines.corpus.manifest import corpus_base
+    from pipelines.corpus.plan import freeze, make_plan
+    from pipelines.corpus.quarantine import check_fraction
+
+    started = time.monotonic()
+    base = corpus_base(recipe.destination)
+    current = current_etag(base)
+    plan, listing = make_plan(
+        base,
+        source.entries(),
+        kind=source.kind,
+        source=recipe.source,
+        seed=recipe.seed,
+        shard_bytes=recipe.shard_bytes,
+        splits=recipe.splits,
+        classes=recipe.classes,
+        validate=recipe.validate,
+    )
+    total = plan.samples + len(plan.rejected)
+    check_fraction(list(plan.rejected), total, recipe.max_bad_fraction)
+    freeze(plan, listing)
+
+    records: list[ShardRecord] = []
+    rejected = list(plan.rejected)
+    done = kept = 0
+    with progress("shard", plan.samples, "images") as bar:
+        for record, reused in _build(plan, recipe.num_workers):
+            records.append(record)
+            rejected += record.rejected
+            kept += reused
+            done += plan.shards[record.number].rows
+            elapsed = time.monotonic() - started
+            bar.update(done, images_per_second=done / elapsed, shards=len(records), rejected=len(rejected))
+            check_fraction(rejected, total, recipe.max_bad_fraction)
+    if kept:
+        say(f"shard: {kept} of {len(records)} shards were finished before and are kept")
+    attempt.check()
+    corpus = commit(
+        base,
+        records,
+        class_names=plan.class_names,
+        current=current,
+        rejected=plan.rejected,
+        ignored=plan.ignored,
+        source=recipe.source,
+        recipe=identity.deciding_fields(recipe),
+    )
+    return _result(attempt, corpus, time.monotonic() - started)
+
+
+def _build(plan: Plan, num_workers: int | None) -> Iterator[tuple[ShardRecord, bool]]:
+    """Every shard of the plan, as Ray Data finishes them."""
+    import ray
+
+    from pipelines.corpus.commit import ShardRecord
+    from pipelines.corpus.errors import CorpusError
+
+    if not ray.is_initialized():
+        ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    numbers = ray.data.range(len(plan.shards), override_num_blocks=min(len(plan.shards), MAX_TASKS))
+    made = numbers.map_batches(_build_batch, fn_args=(plan.uri,), batch_size=None, concurrency=num_workers)
+    for row in made.iter_rows():
+        if row["error"]:
+            raise CorpusError(row["error"])
+        yield ShardRecord.from_json(json.loads(row["record"])), bool(row["reused"])
+
+
+def _build_batch(batch: dict[str, Any], plan_uri: str) -> dict[str, list[Any]]:
+    """Expected errors travel as text: Ray would wrap them in its own trace."""
+    from pipelines.corpus.build import build_shard
+    from pipelines.corpus.errors import CorpusError
+
+    out: dict[str, list[Any]] = {"record": [], "reused": [], "error": []}
+    for number in batch["id"].tolist():
+        record, reused, error = "", False, ""
+        try:
+            made, reused = build_shard(plan_uri, number)
+            record = json.dumps(made.to_json())
+        except (CorpusError, store.StoreError, OSError) as problem:
+            error = str(problem)
+        out["record"].append(record)
+        out["reused"].append(reused)
+        out["error"].append(error)
+        if error:
+            break
+    return out
+
+
+def _result(attempt: Attempt, corpus: Corpus, seconds: float) -> StageResult:
+    head = corpus.head
+    rejected = sum(head.rejected.values())
+    metrics = {
+        "images": float(head.samples),
+        "shards": float(head.shards),
+        "bytes": float(head.bytes),
+        "rejected": float(rejected),
+        "bad_fraction": rejected / (head.samples + rejected),
+        "images_per_second": (head.samples + rejected) / seconds,
+        "seconds": seconds,
+    }
+    for kind, counts in {"rejected": head.rejected, "kept": head.noted, "ignored": head.ignored}.items():
+        if counts:
+            say(f"shard: {kind} " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
+    if across := head.duplicates.get("across_splits"):
+        log.warning("%d images occur in more than one split: held-out figures will look better than they are", across)
+    details = {
+        "splits": head.splits,
+        "class_names": list(head.class_names),
+        "rejected": head.rejected,
+        "kept": head.noted,
+        "ignored": head.ignored,
+        "duplicates": head.duplicates,
+    }
+    return attempt.result(uri=corpus.reference, run_id=None, metrics=metrics, **details)

@@ -1,0 +1,252 @@
+"""Checkpoints: safetensors and JSON under ATTEMPT/checkpoints/STEP/, the manifest with its hashes written last.
+
+    tensors-00000-of-00001.safetensors    parameters and optimizer state
+    state.json                            step, order, layout; read by people and by the next attempt
+    manifest.json                         names, sizes and sha256 of the others: the commit point
+Whoever writes here is trusted for weights, never for code: nothing in this file can run any.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from pipelines import store
+
+__all__ = ["AsyncSaver", "CheckpointError", "Checkpoints", "Found", "Loaded", "Place"]
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+TENSORS = "tensors-00000-of-00001.safetensors"
+STATE = "state.json"
+MANIFEST = "manifest.json"
+MAX_JSON_BYTES = 16 << 20  # A manifest is some hundred bytes; more is not ours.
+
+
+class CheckpointError(RuntimeError):
+    """A stored checkpoint is torn, foreign or unreadable; an older one may be good."""
+
+
+class Place(Protocol):
+    """What a checkpoint needs to know of the attempt it belongs to (identity.Attempt)."""
+
+    @property
+    def root(self) -> str: ...
+    @property
+    def digest(self) -> str: ...
+    @property
+    def number(self) -> int: ...
+    @property
+    def uri(self) -> str: ...
+    def check(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A checkpoint that has a manifest; whether it is good shows when it is loaded."""
+
+    uri: str
+    step: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A verified checkpoint."""
+
+    found: Found
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one digest, over all its attempts from `first_attempt` on."""
+
+    def __init__(self, place: Place, keep: int = 2, first_attempt: int = 1) -> None:
+        self.place, self.keep, self.first_attempt = place, keep, first_attempt
+        self._pattern = re.compile(rf"{re.escape(place.root)}/attempts/(\d+)/checkpoints/(\d+)/([^/]+)$")
+
+    def found(self) -> list[Found]:
+        """Committed checkpoints, newest first."""
+        listed = [found for found, names in self._listed() if MANIFEST in names]
+        return sorted(listed, key=lambda found: (found.step, found.attempt), reverse=True)
+
+    def _listed(self) -> Iterator[tuple[Found, set[str]]]:
+        names: dict[tuple[int, int], set[str]] = {}
+        for item in store.list_objects(store.join(self.place.root, "attempts")):
+            if match := self._pattern.match(item.uri):
+                names.setdefault((int(match[1]), int(match[2])), set()).add(match[3])
+        for (attempt, step), members in names.items():
+            if attempt >= self.first_attempt:
+                yield Found(self._uri(attempt, step), step, attempt), members
+
+    def _uri(self, attempt: int, step: int) -> str:
+        return store.join(self.place.root, "attempts", str(attempt), "checkpoints", f"{step:09d}")
+
+    def newest(self) -> Loaded | None:
+        """The newest checkpoint that is whole. A bad one is passed over, and said so."""
+        for found in self.found():
+            try:
+                return self.load(found)
+            except CheckpointError as error:
+                log.warning("%s; falling back to the one before", error)
+        return None
+
+    def at(self, attempt: int, step: int) -> Loaded:
+        """Exactly this checkpoint: what another rank has chosen."""
+        return self.load(Found(self._uri(attempt, step), step, attempt))
+
+    def load(self, found: Found) -> Loaded:
+        """Download and verify; raises CheckpointError."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        manifest = self._manifest(found)
+        with tempfile.TemporaryDirectory(prefix="vit-checkpoint-") as folder:
+            paths = {name: self._verified(found, name, wanted, Path(folder)) for name, wanted in manifest.items()}
+            state = _parse(paths[STATE].read_bytes(), store.join(found.uri, STATE))
+            try:
+                tensors = {name: tensor.clone() for name, tensor in load_file(paths[TENSORS]).items()}
+            except (SafetensorError, OSError, ValueError, KeyError) as error:
+                raise CheckpointError(f"{store.join(found.uri, TENSORS)} is not safetensors ({error})") from None
+        if state.get("step") != found.step:
+            raise CheckpointError(
+                f"{store.join(found.uri, STATE)} says step {state.get('step')}, its place {found.step}"
+            )
+        return Loaded(found, tensors, state)
+
+    def _manifest(self, found: Found) -> dict[str, dict[str, Any]]:
+        uri = store.join(found.uri, MANIFEST)
+        try:
+            if store.stat(uri).size > MAX_JSON_BYTES:
+                raise CheckpointError(f"{uri} is too large for a manifest")
+            manifest = _parse(store.read(uri), uri)
+        except store.NotFound:
+            raise CheckpointError(f"{uri} is missing") from None
+        if manifest.get("format") != FORMAT:
+            raise CheckpointError(f"{uri} has format {manifest.get('format')!r}, this code reads {FORMAT}")
+        if manifest.get("digest") != self.place.digest or manifest.get("step") != found.step:
+            raise CheckpointError(f"{uri} belongs to another run or step")
+        files = manifest.get("files")
+        if not isinstance(files, dict) or set(files) != {TENSORS, STATE}:
+            raise CheckpointError(f"{uri} does not list {TENSORS} and {STATE}")
+        return files
+
+    def _verified(self, found: Found, name: str, wanted: Mapping[str, Any], folder: Path) -> Path:
+        uri = store.join(found.uri, name)
+        try:
+            path = store.download(uri, folder / name)
+        except store.NotFound:
+            raise CheckpointError(f"{uri} is missing") from None
+        size = path.stat().st_size
+        if size != wanted.get("size"):
+            raise CheckpointError(f"{uri} has {size} bytes, its manifest says {wanted.get('size')}")
+        if _sha256(path) != wanted.get("sha256"):
+            raise CheckpointError(f"{uri} does not match the sha256 of its manifest")
+        return path
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Found:
+        """Files first, manifest last, then retention. Raises LeaseLost if another attempt took over."""
+        from safetensors.torch import save_file
+
+        found = Found(self._uri(self.place.number, step), step, self.place.number)
+        with tempfile.TemporaryDirectory(prefix="vit-checkpoint-") as folder:
+            save_file(dict(tensors), Path(folder) / TENSORS, metadata={"format": "pt"})
+            (Path(folder) / STATE).write_text(json.dumps({**state, "step": step}, indent=1, sort_keys=True))
+            files: dict[str, dict[str, Any]] = {}
+            for name in (TENSORS, STATE):
+                path = Path(folder) / name
+                files[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+                store.upload(path, store.join(found.uri, name))
+        self.place.check()
+        manifest = {
+            "format": FORMAT,
+            "digest": self.place.digest,
+            "step": step,
+            "attempt": self.place.number,
+            "files": files,
+        }
+        store.write_json(store.join(found.uri, MANIFEST), manifest)
+        self._retain(found, {name: int(entry["size"]) for name, entry in files.items()})
+        return found
+
+    def _retain(self, newest: Found, sizes: Mapping[str, int]) -> None:
+        """Drop what is older than the newest `keep`, once the newest is seen to stand in the store whole."""
+        try:
+            if any(store.stat(store.join(newest.uri, name)).size != size for name, size in sizes.items()):
+                log.warning("%s does not stand in the store as it was written; older checkpoints stay", newest.uri)
+                return
+            committed = self.found()
+            kept = {found.uri for found in committed[: self.keep]} | {newest.uri}
+            for found, names in list(self._listed()):
+                # A folder without manifest is an upload in progress if it is ours and newer, else an orphan.
+                if found.uri in kept or (found.attempt == newest.attempt and found.step > newest.step):
+                    continue
+                for name in sorted(names, key=lambda name: name != MANIFEST):  # The manifest first: never a torn one.
+                    store.delete(store.join(found.uri, name))
+        except store.StoreError as error:
+            log.warning("old checkpoints could not be swept: %s", error)
+
+
+class AsyncSaver:
+    """Uploads in a thread, one at a time; the loop pauses only for the copy of the tensors."""
+
+    def __init__(self, checkpoints: Checkpoints, committed: Callable[[Found], None] = lambda _: None) -> None:
+        self._checkpoints, self._committed = checkpoints, committed
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    @property
+    def busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Start the upload of these CPU tensors, after the one under way. Raises what the one before ended with."""
+        self.wait()
+        self._thread = threading.Thread(target=self._run, args=(step, tensors, state), name=f"checkpoint {step}")
+        self._thread.start()
+
+    def _run(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        try:
+            self._committed(self._checkpoints.save(step, tensors, state))
+        except BaseException as error:
+            self._error = error
+
+    def wait(self) -> None:
+        """Until the upload under way has ended. Raises its error once."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.poll()
+
+    def poll(self) -> None:
+        """Raise the error of the last upload, if it had one."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+
+def _parse(data: bytes, uri: str) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{uri} is not JSON") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{uri} is not a JSON object")
+    return value
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

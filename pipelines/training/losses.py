@@ -1,0 +1,38 @@
+"""Losses, summed over samples: divided by `batch_size` they add up to the same over any split of a batch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["loss_sum", "targets_of"]
+
+
+def targets_of(labels: Tensor, num_classes: int, label_smoothing: float) -> Tensor:
+    """Target distribution, float32 (B, K). `labels`: int64 (B,) class numbers, or float (B, K) multi-hot."""
+    hot = F.one_hot(labels, num_classes).float() if labels.ndim == 1 else labels.float()
+    if not label_smoothing:
+        return hot
+    return hot * (1.0 - label_smoothing) + label_smoothing / num_classes
+
+
+def loss_sum(
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    kind: Literal["softmax", "sigmoid"] = "softmax",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Weighted sum over samples, a scalar. Sigmoid cross-entropy is summed over classes too, as big_vision has it."""
+    logits = logits.float()  # Under autocast the logits are bf16: their log-sum-exp would lose three digits.
+    if kind == "softmax" and labels.ndim == 1:
+        each = F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
+    elif kind == "softmax":
+        each = -(targets_of(labels, logits.shape[1], label_smoothing) * F.log_softmax(logits, dim=1)).sum(dim=1)
+    else:
+        targets = targets_of(labels, logits.shape[1], label_smoothing)
+        each = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(dim=1)
+    return torch.sum(each * weights)

@@ -1,0 +1,57 @@
+"""The stages by name. Naming one imports nothing; its module is imported when it is used."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from pipelines.config import RecipeError
+
+if TYPE_CHECKING:
+    from pipelines.identity import StageResult
+
+__all__ = ["STAGES", "nearest", "recipe_class", "stage_run", "stage_version"]
+
+# Stage NAME is the module pipelines.NAME with `VERSION`, `run` and the class NameRecipe. In the order of the flow.
+STAGES: Mapping[str, str] = {
+    "shard": "raw images (class folders, IDX files, a bucket) -> a corpus: tars and a manifest",
+    "pretrain": "a corpus -> weights, trained on the Ray cluster",
+    "finetune": "weights + a corpus, at a higher resolution -> a model version in the registry",
+    "evaluate": "a model version + the held-out split -> metrics with their intervals",
+    "promote": "an evaluation that passes the gate -> the alias champion",
+    "predict": "a model version + a folder of images -> predictions as Parquet",
+}
+
+
+def recipe_class(stage: str) -> type[Any]:
+    _known(stage)
+    found = getattr(import_module(f"pipelines.{stage}"), f"{stage.capitalize()}Recipe")
+    assert isinstance(found, type)
+    return found
+
+
+def stage_run(stage: str) -> Callable[[Any], StageResult]:
+    _known(stage)
+    run: Callable[[Any], StageResult] = import_module(f"pipelines.{stage}").run
+    return run
+
+
+def stage_version(stage: str) -> int:
+    _known(stage)
+    return int(import_module(f"pipelines.{stage}").VERSION)
+
+
+def nearest(name: str, names: Iterable[str], count: int = 1) -> str:
+    """ "; did you mean 'x'?" or the whole list, to end an error message with."""
+    known = list(names)
+    near = difflib.get_close_matches(name, known, n=count, cutoff=0.5)
+    if near:
+        return f"; did you mean {' or '.join(repr(word) for word in near)}?"
+    return f"; known: {', '.join(known)}" if known else ""
+
+
+def _known(stage: str) -> None:
+    if stage not in STAGES:
+        raise RecipeError(f"unknown stage {stage!r}{nearest(stage, STAGES)}")

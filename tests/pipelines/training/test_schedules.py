@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from pipelines.training.schedules import ScheduleConfig, learning_rate
+
+
+def test_warm_up_rises_linearly_from_zero_to_the_peak() -> None:
+    schedule = ScheduleConfig(decay="constant", warmup_steps=4)
+    assert [learning_rate(schedule, 2.0, step, 100) for step in range(6)] == [0.0, 0.5, 1.0, 1.5, 2.0, 2.0]
+
+
+def test_cosine_is_half_way_in_the_middle_and_ends_where_it_is_told() -> None:
+    schedule = ScheduleConfig(decay="cosine", warmup_steps=10, end_lr=0.1)
+    assert learning_rate(schedule, 1.0, 10, 110) == pytest.approx(1.0)
+    assert learning_rate(schedule, 1.0, 60, 110) == pytest.approx(0.55)
+    assert learning_rate(schedule, 1.0, 110, 110) == pytest.approx(0.1)
+    assert learning_rate(schedule, 1.0, 35, 110) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
+
+
+def test_linear_decay_is_a_straight_line_to_end_lr() -> None:
+    schedule = ScheduleConfig(decay="linear", end_lr=1e-5)
+    assert learning_rate(schedule, 8e-4, 0, 100) == pytest.approx(8e-4)
+    assert learning_rate(schedule, 8e-4, 50, 100) == pytest.approx((8e-4 + 1e-5) / 2)
+    assert learning_rate(schedule, 8e-4, 100, 100) == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [({"warmup_steps": -1}, "warmup_steps=-1"), ({"decay": "constant", "end_lr": 0.1}, "has no effect")],
+)
+def test_a_setting_that_cannot_be_meant_is_refused(values: dict[str, object], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        ScheduleConfig(**values)  # type: ignore[arg-type]
+
+
+def test_warm_up_longer_than_the_run_is_refused_with_a_nearer_value() -> None:
+    with pytest.raises(ValueError, match=r"warmup_steps=100 leaves none of total_steps=50.*: 5$"):
+        ScheduleConfig(warmup_steps=100).check(50)

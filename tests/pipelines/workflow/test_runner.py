@@ -1,0 +1,108 @@
+"""Plainly or through Dagster, a workflow gives the same results, reuses what is finished and resumes what is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipelines import store
+from pipelines.identity import Held, lease, runs
+from pipelines.workflow.runner import Outcome, StepFailed, again, run_plain
+from pipelines.workflow.spec import Workflow, load_workflow
+
+Run = Callable[[Workflow, Callable[[Outcome], None]], dict[str, Outcome]]
+
+TWO_CUPS = """
+steps:
+  second: {stage: brew, recipe: r.yaml, inputs: {water: first}}
+  first: {stage: brew, recipe: r.yaml, set: {minutes: 7}}
+"""
+
+
+@pytest.fixture(params=["plain", "dagster"])
+def run(request: pytest.FixtureRequest) -> Run:
+    if request.param == "plain":
+        return run_plain
+    from pipelines.workflow.assets import run_in_process
+
+    return run_in_process
+
+
+@pytest.fixture
+def two_cups(write: Callable[[str, str], str], house: Path) -> Workflow:
+    write("r.yaml", f"notes: {house / 'notes'}\n")
+    return load_workflow(write("two.yaml", TWO_CUPS))
+
+
+def brewed(house: Path) -> int:
+    return len((house / "notes").read_text().splitlines())
+
+
+def test_a_step_gets_what_the_step_before_it_made(run: Run, two_cups: Workflow, house: Path) -> None:
+    seen: list[str] = []
+    outcomes = run(two_cups, lambda outcome: seen.append(outcome.step))
+    assert seen == ["first", "second"]
+    assert b"'water'" in store.read(outcomes["second"].result.uri)
+    assert not any(outcome.result.reused for outcome in outcomes.values())
+
+
+def test_a_second_run_reuses_everything(run: Run, two_cups: Workflow, house: Path) -> None:
+    first = run(two_cups, lambda _: None)
+    second = run(two_cups, lambda _: None)
+    assert all(outcome.result.reused for outcome in second.values())
+    assert {name: done.result.digest for name, done in first.items()} == {
+        name: done.result.digest for name, done in second.items()
+    }
+    assert brewed(house) == 2
+
+
+def test_deleting_one_result_object_makes_exactly_that_step_run_again(
+    run: Run, two_cups: Workflow, house: Path
+) -> None:
+    first = run(two_cups, lambda _: None)
+    store.delete(store.join(runs(), "brew", first["first"].result.digest, "result.json"))
+    second = run(two_cups, lambda _: None)
+    assert {name: done.result.reused for name, done in second.items()} == {"first": False, "second": True}
+
+
+def test_again_recomputes_every_step(run: Run, two_cups: Workflow, house: Path) -> None:
+    run(two_cups, lambda _: None)
+    with again(True):
+        outcomes = run(two_cups, lambda _: None)
+    assert not any(outcome.result.reused for outcome in outcomes.values())
+    assert brewed(house) == 4
+
+
+def test_the_first_failing_step_is_named_with_its_own_error(run: Run, two_cups: Workflow, house: Path) -> None:
+    seen: list[str] = []
+    troubled = two_cups.with_values({"second": {"trouble": "value"}})
+    with pytest.raises(StepFailed, match="step second: the kettle is cold; heat it first") as caught:
+        run(troubled, lambda outcome: seen.append(outcome.step))
+    assert isinstance(caught.value.__cause__, ValueError)
+    assert seen == ["first"]
+    assert run(two_cups, lambda _: None)["first"].result.reused
+
+
+def test_an_interrupt_ends_the_run_as_an_interrupt(run: Run, two_cups: Workflow) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(two_cups.with_values({"first": {"trouble": "interrupt"}}), lambda _: None)
+    assert run(two_cups, lambda _: None)
+
+
+def test_a_step_that_another_process_is_at_is_not_run_twice(run: Run, two_cups: Workflow) -> None:
+    first = run(two_cups, lambda _: None)["first"].result.digest
+    place = store.join(runs(), "brew", first)
+    store.delete(store.join(place, "result.json"))
+    with lease(store.join(place, "lease.json"), "brew"), pytest.raises(Held, match="held by process"):
+        run(two_cups, lambda _: None)
+
+
+def test_plain_and_dagster_agree_on_every_digest(two_cups: Workflow) -> None:
+    from pipelines.workflow.assets import run_in_process
+
+    plainly = run_plain(two_cups)
+    assert {name: done.result.digest for name, done in run_in_process(two_cups).items()} == {
+        name: done.result.digest for name, done in plainly.items()
+    }

@@ -1,0 +1,58 @@
+"""The one place that builds: config -> initialised model."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from vit_model.config import HeadKind, ModelConfig, ViTConfig
+from vit_model.heads import Head
+from vit_model.initialize import initialize, initialize_head
+from vit_model.resnet import ResNet
+from vit_model.vit import ViT
+
+Model = ViT | ResNet
+
+
+def build_model(
+    config: ModelConfig,
+    num_classes: int,
+    head: HeadKind = "linear",
+    *,
+    head_bias: float = 0.0,
+    seed: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Model:
+    """head="mlp" is the head of pre-training; head_bias=-ln(num_classes) suits the sigmoid loss.
+
+    device="meta" holds no numbers. seed=None draws from torch's global generator.
+    """
+    model = build_empty(config, num_classes, head)
+    if str(device) == "meta":
+        return model
+    model.to_empty(device=device)
+    generator = None if seed is None else torch.Generator(device=device).manual_seed(seed)
+    initialize(model, generator)
+    if head_bias:
+        initialize_head(model.head, generator, head_bias)
+    return model
+
+
+def build_empty(config: ModelConfig, num_classes: int, head: HeadKind) -> Model:
+    """On the meta device: no memory, and no time lost on PyTorch's own initialisation."""
+    with torch.device("meta"):
+        return ViT(config, num_classes, head) if isinstance(config, ViTConfig) else ResNet(config, num_classes, head)
+
+
+def replace_head(model: Model, num_classes: int, head: HeadKind = "linear", *, head_bias: float = 0.0) -> Model:
+    """Drop the old head whole, both layers of an MLP head (paper B.1.1); the new one has a zero last layer."""
+    parameter = next(model.parameters())
+    new = Head(model.config.width, num_classes, head).to(device=parameter.device, dtype=parameter.dtype)
+    if not parameter.is_meta:
+        initialize_head(new, bias=head_bias)
+    model.head = new.train(model.training)
+    return model
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,94 @@
+"""Our own file: safetensors with config, head and specs as JSON in its metadata; a model by itself, without code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vit_model.checkpoints.errors import CheckpointError
+from vit_model.checkpoints.loaded import Loaded
+from vit_model.config import HeadKind, ModelConfig, config_from_dict, config_to_dict
+from vit_model.preprocess import InputSpec, OutputSpec
+
+FORMAT = "vit_model/1"
+
+
+def write_native(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    config: ModelConfig,
+    head: HeadKind,
+    num_classes: int,
+    input_spec: InputSpec | None,
+    output_spec: OutputSpec | None,
+) -> None:
+    """Written beside the target and renamed, so that a reader sees the old file or the whole new one."""
+    metadata = describe(config, head, num_classes, input_spec, output_spec)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def describe(
+    config: ModelConfig, head: HeadKind, num_classes: int, input_spec: InputSpec | None, output_spec: OutputSpec | None
+) -> dict[str, str]:
+    metadata = {
+        "format": FORMAT,
+        "config": json.dumps(config_to_dict(config)),
+        "head": json.dumps({"kind": head, "num_classes": num_classes}),
+    }
+    if input_spec is not None:
+        metadata["input_spec"] = input_spec.to_json()
+    if output_spec is not None:
+        metadata["output_spec"] = output_spec.to_json()
+    return metadata
+
+
+def read_native(path: Path) -> Loaded:
+    return loaded_from(path, read_metadata(path), load_tensors(path))
+
+
+def loaded_from(path: Path, metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> Loaded:
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path}: format {metadata.get('format')!r} is not {FORMAT!r}; was it written by a newer version?"
+        )
+    try:
+        config = config_from_dict(json.loads(metadata["config"]))
+        head: dict[str, Any] = json.loads(metadata["head"])
+        input_spec = InputSpec.from_json(metadata["input_spec"]) if "input_spec" in metadata else None
+        output_spec = OutputSpec.from_json(metadata["output_spec"]) if "output_spec" in metadata else None
+        return Loaded("native", tensors, config, head["kind"], head["num_classes"], input_spec, output_spec)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its metadata does not describe a model: {error!r}") from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return dict(load_file(path))
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
+
+
+def read_specs(path: str | Path) -> tuple[ModelConfig, InputSpec | None, OutputSpec | None]:
+    """What a native file says about itself, without reading a tensor."""
+    path = Path(path)
+    loaded = loaded_from(path, read_metadata(path), {})
+    return loaded.config, loaded.input_spec, loaded.output_spec

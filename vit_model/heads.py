@@ -1,0 +1,54 @@
+"""From one vector to logits: the linear head, the MLP head of pre-training, and attention pooling (MAP)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vit_model.config import HeadKind, ViTConfig
+from vit_model.encoder import Mlp
+from vit_model.shapes import Float
+
+
+class Head(nn.Module):
+    """Linear (fine-tuning) or, with one tanh hidden layer as wide as the model, as in pre-training (paper 3.1)."""
+
+    def __init__(self, width: int, num_classes: int, kind: HeadKind = "linear") -> None:
+        super().__init__()
+        if kind not in ("linear", "mlp"):
+            raise ValueError(f"head={kind!r} is not one of 'linear', 'mlp'")
+        if num_classes < 0:
+            raise ValueError(f"num_classes={num_classes} is negative; 0 builds a model without a head")
+        self.kind = kind
+        self.num_classes = num_classes
+        self.hidden = nn.Linear(width, width) if kind == "mlp" else None
+        self.out = nn.Linear(width, num_classes) if num_classes else None
+
+    def forward(self, x: Float[Tensor, "B D"]) -> tuple[Tensor, Tensor]:
+        """Logits and pre_logits."""
+        pre_logits = x if self.hidden is None else self.hidden(x).tanh()
+        return (pre_logits if self.out is None else self.out(pre_logits)), pre_logits
+
+
+class AttentionPool(nn.Module):
+    """MAP: a learned probe attends to all patches, then one MLP block (big_vision MAPHead)."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.probe = nn.Parameter(torch.empty(1, 1, config.width))
+        self.query = nn.Linear(config.width, config.width)
+        self.key_value = nn.Linear(config.width, 2 * config.width)
+        self.out = nn.Linear(config.width, config.width)
+        self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+        self.mlp = Mlp(config)
+
+    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B D"]:
+        B, N, D = x.shape
+        q = self.query(self.probe).view(1, 1, self.num_heads, -1).expand(B, -1, -1, -1)
+        k, v = self.key_value(x).view(B, N, 2, self.num_heads, -1).unbind(2)
+        x = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, A, 1, D/A)
+        x = self.out(x.reshape(B, D))
+        x = x + self.mlp(self.norm(x))
+        return x
