@@ -1,4 +1,4 @@
-"""The bytes of planned samples. A source that is no longer what the plan froze is an error by name, never other data."""
+"""The bytes of planned samples. A source that changed since the plan was frozen is an error by name."""
 
 from __future__ import annotations
 

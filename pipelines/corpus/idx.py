@@ -24,6 +24,7 @@ __all__ = ["encode_png", "idx_entries", "idx_rows", "is_idx"]
 
 IMAGES = re.compile(r"(?P<set>.*)images[-.]idx3-ubyte(\.gz)?")
 LABELS = re.compile(r"(?P<set>.*)labels[-.]idx1-ubyte(\.gz)?")
+CLASSES = "classes.txt"  # Optional: the name of a class a line, in order of the label.
 IMAGES_MAGIC, LABELS_MAGIC = 0x00000803, 0x00000801  # Unsigned bytes in three dimensions, in one.
 
 
@@ -33,12 +34,16 @@ def is_idx(path: str) -> bool:
 
 def idx_entries(files: Sequence[SourceFile]) -> Entries:
     entries = Entries()
+    names = next((file for file in files if file.path == CLASSES), None)
+    if names is not None:
+        lines = read_source(names.uri, names.etag).decode("utf-8", "replace").splitlines()
+        entries.class_names = tuple(line.strip() for line in lines if line.strip())
     labels = {match["set"]: file for file in files if (match := LABELS.fullmatch(file.path))}
     used: set[str] = set()
     for file in files:
         match = IMAGES.fullmatch(file.path)
         if not match:
-            if not LABELS.fullmatch(file.path):
+            if not LABELS.fullmatch(file.path) and file.path != CLASSES:
                 entries.ignored["other"] += 1
             continue
         beside = labels.get(match["set"])

@@ -37,10 +37,7 @@ def is_hidden(path: str) -> bool:
 def list_files(source: str) -> tuple[list[SourceFile], dict[str, int]]:
     """All files below a folder, a bucket prefix, or one file; and how many were ignored, by kind."""
     ignored: Counter[str] = Counter()
-    if store.is_s3(source):
-        found = _bucket(source, ignored)
-    else:
-        found = _folder(source, ignored)
+    found = _bucket(source, ignored) if store.is_s3(source) else _folder(source, ignored)
     files = sorted(found, key=lambda file: file.path)
     if not files:
         raise SourceError(
@@ -101,7 +98,7 @@ def _walk(folder: str, prefix: str, base: str, above: set[str], ignored: Counter
             if os.path.commonpath([base, target]) == base:
                 ignored["symlink"] += 1
                 continue
-            if not os.path.exists(target):
+            if not Path(target).exists():
                 ignored["broken_symlink"] += 1
                 continue
         if entry.is_dir():

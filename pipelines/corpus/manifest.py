@@ -1,6 +1,6 @@
 """What a corpus is: WebDataset tars beside an immutable, versioned manifest. The read side of the manifest.
 
-BASE/manifests/DIGEST/{head.json, shards.parquet, samples/*.parquet, quarantine.parquet}; BASE/current.json; BASE/shards.
+BASE/{shards/*.tar, current.json, manifests/DIGEST/{head.json, shards.parquet, samples/*.parquet, quarantine.parquet}}.
 The digest covers what the shards hold and how pages cut them, never where they lie or when they were made.
 """
 

@@ -192,7 +192,12 @@ def make_plan(
     """Decide every shard. Returns the plan and its listing (Planned rows plus the shard number), not yet written."""
     import pyarrow as pa
 
-    class_names, labels = name_classes(entries.label, classes, source)
+    if classes is not None and entries.class_names is not None and tuple(classes) != entries.class_names:
+        raise SourceError(
+            f"source {source} names its classes {', '.join(entries.class_names)}, the recipe {', '.join(classes)};"
+            " leave `classes` out, or take the file with the names out of the source"
+        )
+    class_names, labels = name_classes(entries.label, classes or entries.class_names, source)
     keys = np.array([int(sample_key(path), 16) for path in entries.path], np.uint64)
     if len(np.unique(keys)) < len(keys):
         raise CorpusError(f"source {source}: two paths have the same 64-bit key; rename one of them")

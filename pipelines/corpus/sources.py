@@ -43,6 +43,7 @@ class Entries:
     etag: list[str] = field(default_factory=list)
     split: list[str | None] = field(default_factory=list)  # None: the source does not say.
     label: list[str | int] = field(default_factory=list)  # Class name, or its number.
+    class_names: tuple[str, ...] | None = None  # Where labels are numbers and the source names them.
     rejected: list[Rejected] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
 

@@ -80,7 +80,7 @@ class ShardWriter:
         self._sink = _Hashed(file)
         # Fixed owner, mode and time: the bytes depend on the samples alone.
         self._tar: Any = TarWriter(self._sink, user="vit", group="vit", mode=0o444, mtime=0, encoder=False)
-        # TarWriter means USTAR but opens the file with tarfile's default, whose headers are the same and cost twice as much.
+        # TarWriter means USTAR but opens with tarfile's default: the same headers at twice the cost.
         self._tar.tarstream.format = tarfile.USTAR_FORMAT
         self._columns: dict[str, list[Any]] = {name: [] for name in ROW_FIELDS}
 

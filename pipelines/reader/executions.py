@@ -209,11 +209,13 @@ def _pixels(column: pa.Array, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
 
 def check_cpus(num_cpus: float, world_size: int) -> None:
     """Refuse to start where the training workers hold every CPU."""
-    held = float(ray.get_runtime_context().get_assigned_resources().get("CPU", 0.0)) * world_size
+    here = ray.get_runtime_context()
+    in_worker = here.worker.mode == ray.WORKER_MODE  # A driver holds no CPU, and must not be asked.
+    held = world_size * float(here.get_assigned_resources().get("CPU", 0.0)) if in_worker else 0.0
     total = float(ray.cluster_resources().get("CPU", 0.0))
     if total - held < num_cpus:
         raise StarvedError(
-            f"the cluster has {total:g} CPUs and {world_size} training workers hold {held:g}: none is left for "
+            f"the cluster has {total:g} CPUs, the training workers hold {held:g}: none is left for "
             f"a read task of {num_cpus:g}; give workers a smaller CPU share, lower the reader's num_cpus, or add nodes"
         )
 
@@ -222,9 +224,9 @@ def _own_error(error: BaseException) -> BaseException:
     """Our own error out of Ray's wrappers, so that its message is the first thing to be read."""
     seen: BaseException | None = error
     while seen is not None:
-        for candidate in (seen, getattr(seen, "cause", None)):
+        for candidate in (getattr(seen, "cause", None), seen):  # RayTaskError keeps the worker's error as its cause.
             for kind in (FetchError, SampleError):
                 if isinstance(candidate, kind):
-                    return kind(str(candidate)) if candidate is seen and hasattr(seen, "cause") else candidate
+                    return kind(str(candidate).partition("\n")[0])  # Ray adds advice about retries in more lines.
         seen = seen.__cause__
     return error
