@@ -26,10 +26,13 @@ SPARE_BYTES = 64 << 20  # Disk that a node keeps free while a shard is put toget
 DECODER_REASONS = {"too_many_bytes": "bomb", "too_many_pixels": "bomb", "unsupported_mode": "unsupported_format"}
 
 
-def build_shard(plan_uri: str, number: int) -> tuple[ShardRecord, bool]:
-    """The record of shard `number`, and whether it had been made before. Raises CorpusError, StoreError."""
+def build_shard(plan_uri: str, number: int, *, keep: bool = True) -> tuple[ShardRecord, bool]:
+    """The record of shard `number`, and whether it was made before (looked for if `keep`).
+
+    Raises CorpusError, StoreError.
+    """
     plan = load_plan(plan_uri)
-    record = finished_record(plan, number)
+    record = finished_record(plan, number) if keep else None
     if record is not None:
         return record, True
     shard = plan.shards[number]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipelines import store
-from pipelines.corpus.errors import CorpusError
+from pipelines.corpus.errors import CorpusError, QuarantineError
 from pipelines.corpus.manifest import Corpus, Head, corpus_digest, manifest_uri, read_table
 from pipelines.corpus.quarantine import Rejected, count_reasons, quarantine_table
 
@@ -123,6 +123,13 @@ def commit(
     digest = corpus_digest(class_names, counts, table)
     target = manifest_uri(base, digest)
 
+    if not records:
+        raise QuarantineError(f"no image is left of {len(everything_rejected):,}: {count_reasons(everything_rejected)}")
+    head_uri = store.join(target, "head.json")
+    if store.exists(head_uri):  # The same corpus came out of another plan or place: a version is never written twice.
+        head = Head.from_json(store.read_json(head_uri), head_uri)
+        _make_current(base, digest, current)
+        return Corpus(base, head)
     duplicates = _write_samples(base, target, records)
     write_table(store.join(target, "shards.parquet"), table)
     write_table(
@@ -145,7 +152,7 @@ def commit(
         source=source,
         recipe=dict(recipe or {}),
     )
-    store.write_json(store.join(target, "head.json"), head.to_json())
+    store.write_json(head_uri, head.to_json())
     _make_current(base, digest, current)
     return Corpus(base, head)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -53,7 +53,7 @@ def count_reasons(rejected: Iterable[Rejected]) -> dict[str, int]:
     return dict(sorted(Counter(item.reason for item in rejected).items()))
 
 
-def check_fraction(rejected: list[Rejected], total: int, max_bad_fraction: float) -> None:
+def check_fraction(rejected: Sequence[Rejected], total: int, max_bad_fraction: float) -> None:
     """Raise QuarantineError, naming reasons and files, if more than the allowed fraction of `total` is bad."""
     if len(rejected) <= max_bad_fraction * total:
         return

@@ -1,4 +1,4 @@
-"""Inputs of the demo: Fashion-MNIST from the Debian package, handwritten digits from scikit-learn. No web site is asked.
+"""Inputs of the demo: Fashion-MNIST from the Debian package, handwritten digits from scikit-learn.
 
 Files get a fixed time of change, so that making them again gives the same source and finished stages are reused.
 """
@@ -56,9 +56,9 @@ def fashion_mnist(folder: Path) -> tuple[Path, str]:
         else:
             path = stand_in(folder)
             return path, (
-                f"Fashion-MNIST could not be had ({problem}); a stand-in is used instead: 7,000 crops of the two photos that"
-                " scikit-learn ships, 10 classes by which part of which photo a crop shows. Its accuracies say nothing"
-                " about Fashion-MNIST"
+                f"Fashion-MNIST could not be had ({problem}); a stand-in is used instead: 7,000 crops of the two photos"
+                " that scikit-learn ships, 10 classes by which part of which photo a crop shows. Its figures say nothing about"
+                " Fashion-MNIST"
             )
     _write(target / CLASSES, "".join(f"{name}\n" for name in FASHION_CLASSES).encode())
     return target, told
@@ -154,7 +154,8 @@ def _crop(
     top = int(rng.integers(low, high - side + 1))
     left = int(rng.integers(fifth * width // 5, (fifth + 1) * width // 5 - side + 1))
     square = photo[top : top + side, left : left + side]
-    return square.reshape(28, factor, 28, factor).mean(axis=(1, 3)).round().astype(np.uint8)
+    small: np.ndarray[Any, Any] = square.reshape(28, factor, 28, factor).mean(axis=(1, 3)).round()
+    return small.astype(np.uint8)
 
 
 def digits(folder: Path) -> Path:
