@@ -15,7 +15,7 @@ import struct
 import tempfile
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
@@ -52,9 +52,9 @@ def build_package(weights: Path, folder: Path, *, model_id: str, run_id: str) ->
     """Write the MLflow model folder `folder` and return it. The weights must carry their input and output spec."""
     import mlflow.pyfunc
     from mlflow.models import Model
-    from vit_model import read_specs
 
     import vit_model
+    from vit_model import read_specs
 
     check_safetensors(weights)
     _, input_spec, output_spec = read_specs(weights)
