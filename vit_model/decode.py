@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 100 * 2**20
 MAX_PIXELS = 100_000_000
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # MPO: a JPEG with more pictures behind it
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow opens an MPO (a JPEG with more behind it) as JPEG
 
 Reason = Literal["empty", "too_many_bytes", "unknown_format", "too_many_pixels", "unsupported_mode", "undecodable"]
 
@@ -75,7 +75,7 @@ def decode_pixels(data: bytes, channels: int, max_pixels: int) -> np.ndarray[Any
         MemoryError,
     )
     try:
-        Image.init()  # All plugins: a fresh process knows neither MPO nor WebP, and open() would raise KeyError.
+        Image.init()  # All plugins: a fresh process does not know WebP, and open() would raise KeyError.
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
         size, mode, kind = image.size, image.mode, image.format
         orientation = image.getexif().get(0x0112, 1)
