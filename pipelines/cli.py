@@ -173,7 +173,7 @@ def run_workflow(workflow: Any, *, plain: bool, observe: Callable[[Any], None]) 
 def _demo(arguments: list[str], flags: Flags) -> int:
     from pipelines.demo import main as demo_main
 
-    return demo_main(arguments, plain=flags.plain, again=flags.again)
+    return demo_main(arguments, run=run_workflow, plain=flags.plain, recompute=flags.again, prepare=ensure_stack)
 
 
 def _why(arguments: list[str], flags: Flags) -> int:
@@ -264,6 +264,7 @@ def _workflow_arguments(verb: str, arguments: list[str]) -> tuple[str, dict[str,
 def ensure_stack() -> None:
     """Starts or heals the embedded stack unless the environment names other endpoints; says what it did."""
     from infra.endpoints import ensure
+
     from pipelines.progress import say
 
     ensure(say=say)
@@ -289,8 +290,9 @@ def _say_help() -> None:
             _write(f"  {verb:<9} {VERBS[verb].help}")
     _write(
         "\nA RECIPE is a YAML path or the name of a packaged recipe (`vit recipes`); `vit VERB RECIPE --help` shows its"
-        "\nfields. A finished stage is not computed again: its result is reused; --again recomputes. --debug shows"
-        "\ntracebacks. Exit code: 0 done, 1 failed, 2 wrong command or recipe, 130 interrupted: the same command resumes."
+        "\nfields. A finished stage is not computed again: its result is reused; --again recomputes."
+        "\n--debug shows tracebacks. Exit code: 0 done, 1 failed, 2 wrong command or recipe, 130 interrupted (the same"
+        "\ncommand resumes)."
     )
 
 

@@ -23,6 +23,7 @@ __all__ = ["ENGINE", "Faults", "decode_for_evaluation", "decode_for_training", "
 ENGINE = "wheels"
 JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 PLAIN_PIXELS = 1 << 26  # The short way leaves larger images to vit_model.preprocess and its limits.
+TINY = 1 << 14  # Bytes. Below, the call that resizes costs more than its work, and images of one size share it.
 DCT_SCALES = (8, 4, 2)  # Powers of two alone have fast inverse transforms in libjpeg-turbo.
 
 Faults = dict[int, tuple[str, str]]  # place -> (reason, text)
@@ -76,13 +77,19 @@ def decode_for_training(
             sources.append(source)
     sizes = np.array([source.size for source in sources], np.int64).reshape(-1, 2)
     boxes = crop_boxes(augment, seed, epoch, sample_ids[plain], sizes[:, 0], sizes[:, 1])
+    together: dict[tuple[int, ...], list[tuple[int, NDArray[np.uint8]]]] = {}
     for i, source, box in zip(plain, sources, boxes.tolist(), strict=True):
         try:
-            pixels = source.crop(box, spec)
+            pixels = source.pixels(box, spec)
         except Exception:  # Whatever the decoder says, the reference path gives the verdict.
             slow.append(i)
+            continue
+        if pixels.size < TINY:
+            together.setdefault(pixels.shape, []).append((int(places[i]), pixels))
         else:
-            out[places[i]] = pixels
+            out[places[i]] = _resize(pixels[None], spec)[0]
+    for group in together.values():
+        out[[place for place, _ in group]] = _resize(np.stack([pixels for _, pixels in group]), spec)
     for i in slow:
         _decode_slowly(images[i], int(places[i]), sample_ids[i : i + 1], spec, augment, seed, epoch, out, faults)
     if augment.crop == "random" and augment.padding:
@@ -114,7 +121,7 @@ def _decode_slowly(
     height, width = pixels.shape[1:]
     boxes = crop_boxes(augment, seed, epoch, sample_id, np.array([width]), np.array([height]))
     x, y, width, height = boxes.tolist()[0]
-    out[place] = _resize(pixels[None, :, y : y + height, x : x + width], spec)
+    out[place] = _resize(pixels.numpy().transpose(1, 2, 0)[None, y : y + height, x : x + width], spec)[0]
 
 
 class _Source(Protocol):
@@ -123,7 +130,7 @@ class _Source(Protocol):
     @property
     def size(self) -> tuple[int, int]: ...  # width, height
 
-    def crop(self, box: Box, spec: InputSpec) -> NDArray[np.uint8]: ...  # (C, H, W) of the model's size
+    def pixels(self, box: Box, spec: InputSpec) -> NDArray[np.uint8]: ...  # (h, w, C) of the box
 
 
 def _open_plain(data: memoryview, channels: int) -> _Source | None:
@@ -151,25 +158,18 @@ class _JpegSource:
             return None
         return cls(data, (width, height))
 
-    def crop(self, box: Box, spec: InputSpec) -> NDArray[np.uint8]:
+    def pixels(self, box: Box, spec: InputSpec) -> NDArray[np.uint8]:
         """Decodes at the smallest DCT scale that still has a pixel for every pixel of the model."""
         import simplejpeg
-        import torch
 
         x, y, width, height = box
         scale = next((s for s in DCT_SCALES if width >= s * spec.width and height >= s * spec.height), 1)
-        if scale > 1:
-            full_width, full_height = self.size
-            pixels = simplejpeg.decode_jpeg(
-                self.data, "RGB", min_height=-(-full_height // scale), min_width=-(-full_width // scale)
-            )
-            right, bottom = -(-(x + width) // scale), -(-(y + height) // scale)
-            x, y = x // scale, y // scale
-            width, height = right - x, bottom - y
-        else:
-            pixels = simplejpeg.decode_jpeg(self.data, "RGB")
-        tensor = torch.from_numpy(pixels[y : y + height, x : x + width]).permute(2, 0, 1)
-        return _resize(tensor[None], spec)
+        least_width, least_height = (-(-side // scale) for side in self.size)
+        decoded = simplejpeg.decode_jpeg(self.data, "RGB", min_height=least_height, min_width=least_width)
+        # A scaled box is widened to whole pixels.
+        right, bottom = -(-(x + width) // scale), -(-(y + height) // scale)
+        pixels: NDArray[np.uint8] = decoded[y // scale : bottom, x // scale : right]
+        return pixels
 
 
 class _PngSource:
@@ -188,14 +188,10 @@ class _PngSource:
             return None
         return cls(image, channels)
 
-    def crop(self, box: Box, spec: InputSpec) -> NDArray[np.uint8]:
-        import torch
-
+    def pixels(self, box: Box, spec: InputSpec) -> NDArray[np.uint8]:
         x, y, width, height = box
-        pixels = torch.from_numpy(np.array(self.image)[y : y + height, x : x + width])
-        pixels = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
-        resized = _resize(pixels[None], spec)
-        return resized if len(resized) == self.channels else resized.repeat(self.channels, axis=0)
+        pixels = np.asarray(self.image)[y : y + height, x : x + width]
+        return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], self.channels, axis=2)
 
 
 def _has_exif(data: memoryview) -> bool:
@@ -211,14 +207,17 @@ def _has_exif(data: memoryview) -> bool:
     return False
 
 
-def _resize(pixels: Any, spec: InputSpec) -> NDArray[np.uint8]:
-    """uint8 tensor (1, C, h, w) to an array (C, H, W) of the model's size."""
+def _resize(pixels: NDArray[np.uint8], spec: InputSpec) -> NDArray[np.uint8]:
+    """Images (n, h, w, C) of one size to (n, C, H, W) of the model's size."""
+    import torch
     import torch.nn.functional as F
 
+    # Pillow's arrays are read-only, of which torch warns.
+    tensor = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy()).permute(0, 3, 1, 2)
     size = (spec.height, spec.width)
-    if pixels.shape[-2:] != size:
-        pixels = F.interpolate(pixels, size=size, mode=spec.interpolation, antialias=spec.antialias)
-    resized: NDArray[np.uint8] = pixels[0].numpy()
+    if tensor.shape[-2:] != size:
+        tensor = F.interpolate(tensor, size=size, mode=spec.interpolation, antialias=spec.antialias)
+    resized: NDArray[np.uint8] = tensor.numpy()
     return resized
 
 

@@ -18,7 +18,7 @@ from pipelines.reader.augment import AugmentConfig
 from pipelines.reader.decode import decode_for_evaluation, decode_for_training
 from pipelines.reader.fetch import PageSpan, fetch
 from pipelines.reader.order import permutation
-from pipelines.reader.tar import walk
+from pipelines.reader.tar import TarSample, walk
 
 if TYPE_CHECKING:
     from vit_model.preprocess import InputSpec
@@ -167,24 +167,7 @@ def _decode(job: Job, item: Item, k: int, samples: list[_Sample], sample_ids: ND
 def _samples(span: PageSpan, page: memoryview, num_classes: int) -> list[_Sample]:
     """One entry for each row of the page, whatever its state."""
     found, problem = walk(page)
-    samples = []
-    for sample in found:
-        row = _Sample(key=sample.key, uri=span.uri)
-        members = sample.members
-        extension = next((name for name in IMAGE_EXTENSIONS if name in members), None)
-        if extension is None:
-            row.fault = f"missing_image: {span.uri}, sample {sample.key} has members {sorted(members)}"
-        else:
-            offset, length = members[extension]
-            row.image = page[offset : offset + length]
-            label = members.get(LABEL_EXTENSION)
-            text = bytes(page[label[0] : label[0] + label[1]]) if label else b""
-            if text.isdigit() and int(text) < num_classes:
-                row.label = int(text)
-            else:
-                reason = "bad_label" if label else "missing_label"
-                row.fault = f"{reason}: {span.uri}, sample {sample.key}: {text[:20]!r} of {num_classes} classes"
-        samples.append(row)
+    samples = [_sample(sample, page, span.uri, num_classes) for sample in found]
     if len(samples) > span.num_rows or (problem is None and len(samples) < span.num_rows):
         raise SampleError(
             f"{span.uri}: the page at byte {span.offset:,} holds {len(samples)} samples, the manifest says "
@@ -194,3 +177,23 @@ def _samples(span: PageSpan, page: memoryview, num_classes: int) -> list[_Sample
         fault = f"{problem.reason}: {span.uri}, page at byte {span.offset:,}: {problem}"
         samples += [_Sample(uri=span.uri, fault=fault) for _ in range(span.num_rows - len(samples))]
     return samples
+
+
+def _sample(found: TarSample, page: memoryview, uri: str, num_classes: int) -> _Sample:
+    sample = _Sample(key=found.key, uri=uri)
+    for extension in IMAGE_EXTENSIONS:
+        image = found.members.get(extension)
+        if image is not None:
+            sample.image = page[image[0] : image[0] + image[1]]
+            break
+    else:
+        sample.fault = f"missing_image: {uri}, sample {found.key} has members {sorted(found.members)}"
+        return sample
+    label = found.members.get(LABEL_EXTENSION)
+    text = bytes(page[label[0] : label[0] + label[1]]) if label else b""
+    if text.isdigit() and int(text) < num_classes:
+        sample.label = int(text)
+    else:
+        reason = "bad_label" if label else "missing_label"
+        sample.fault = f"{reason}: {uri}, sample {found.key}: {text[:20]!r} of {num_classes} classes"
+    return sample

@@ -5,6 +5,7 @@ POSIX ustar with the GNU and PAX extensions that other writers use (long names, 
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,6 +13,8 @@ import numpy as np
 __all__ = ["TarError", "TarSample", "walk"]
 
 BLOCK = 512
+# name, size, checksum, type, first byte of the prefix
+HEADER = struct.Struct("100s24x12s12x8sB188xB")
 REGULAR = (0x30, 0x00)  # "0", and the NUL of old writers
 DIRECTORY, LONG_NAME, PAX, PAX_GLOBAL = 0x35, 0x4C, 0x78, 0x67
 BASE_256 = 0x80  # First byte of a size that does not fit in octal digits.
@@ -36,92 +39,116 @@ class TarSample:
 
 def walk(page: memoryview) -> tuple[list[TarSample], TarError | None]:
     """The samples of a page, and the damage that ended the walk early, if any: samples before it are whole."""
-    samples: list[TarSample] = []
-    headers: list[int] = []
-    owners: list[int] = []  # for each header, the number of samples before it
-    problem: TarError | None = None
+    walker = _Walk(page)
     try:
-        _walk(page, samples, headers, owners)
+        walker.run()
     except TarError as error:
-        problem = error
-    wrong = _first_bad_checksum(page, headers)
+        del walker.samples[-1:]  # The damage may lie inside the last one.
+        problem: TarError | None = error
+    else:
+        problem = None
+    wrong = walker.first_bad_checksum()
     if wrong is not None:
-        offset = headers[wrong]
-        del samples[owners[wrong] :]
-        problem = TarError("tar_checksum", offset, "tar header checksum is wrong")
-    elif problem is not None and samples:
-        del samples[-1]  # The damage may lie inside the last one.
-    return samples, problem
+        # Its name cannot be trusted: it may have been a member of the sample before.
+        del walker.samples[walker.owners[max(0, wrong - 1)] :]
+        problem = TarError("tar_checksum", walker.headers[wrong], "tar header checksum is wrong")
+    return walker.samples, problem
 
 
-def _walk(page: memoryview, samples: list[TarSample], headers: list[int], owners: list[int]) -> None:
-    data = bytes(page) if not page.contiguous else page
-    end, offset = len(data), 0
-    long_name, long_size = "", -1
-    key = None
-    while offset < end:
-        if end - offset < BLOCK:
-            raise TarError("tar_truncated", offset, f"{end - offset} bytes left where a tar header has {BLOCK}")
-        header = bytes(data[offset : offset + BLOCK])
-        if not header[0] and not any(header):
-            return  # End of archive.
-        kind = header[156]
-        size = _number(header, offset) if long_size < 0 else long_size
-        body = offset + BLOCK
-        following = body + (size + BLOCK - 1) // BLOCK * BLOCK
-        if body + size > end:
-            raise TarError("tar_truncated", offset, f"a member of {size:,} bytes ends after the page's {end:,}")
-        headers.append(offset)
-        owners.append(len(samples))
-        offset = following
-        if kind in REGULAR:
-            name = long_name or _name(header)
-            long_name, long_size = "", -1
-            folder, _, base = name.rpartition("/")
-            stem, dot, extension = base.partition(".")
+class _Walk:
+    def __init__(self, page: memoryview) -> None:
+        self.page = page
+        self.samples: list[TarSample] = []
+        self.headers: list[int] = []  # Offset of each header,
+        self.checksums: list[bytes] = []  # the checksum it states,
+        self.owners: list[int] = []  # and the sample it belongs to.
+        self._prefix = b"\0"  # Of every member name of the current sample: its key and the first dot.
+        self._long_name, self._long_size = b"", -1  # Set by an extension header for the member after it.
+
+    def run(self) -> None:
+        page, end, offset = self.page, len(self.page), 0
+        while offset < end:
+            if end - offset < BLOCK:
+                raise TarError("tar_truncated", offset, f"{end - offset} bytes left where a tar header has {BLOCK}")
+            name, digits, checksum, kind, prefix = HEADER.unpack_from(page, offset)
+            if not name[0] and not any(page[offset : offset + BLOCK]):
+                return  # End of archive.
+            size = self._long_size if self._long_size >= 0 else _size(digits, offset)
+            body = offset + BLOCK
+            following = body + (size + BLOCK - 1) // BLOCK * BLOCK
+            if following > end:
+                raise TarError("tar_truncated", offset, f"a member of {size:,} bytes ends after the page's {end:,}")
+            self.headers.append(offset)
+            self.checksums.append(checksum)
+            self.owners.append(max(0, len(self.samples) - 1))
+            if kind in REGULAR:
+                name = self._long_name or name.partition(b"\0")[0]
+                if prefix and not self._long_name and bytes(page[offset + 257 : offset + 263]) == b"ustar\0":
+                    name = bytes(page[offset + 345 : offset + 500]).partition(b"\0")[0] + b"/" + name
+                self._long_name, self._long_size = b"", -1
+                self._member(name, offset, size)
+            elif kind in (PAX, LONG_NAME):
+                self._extension(kind, body, size)
+            elif kind not in (DIRECTORY, PAX_GLOBAL):
+                raise TarError("tar_unsafe", offset, f"member type {chr(kind)!r} (link, device or sparse file)")
+            offset = following
+
+    def _member(self, name: bytes, offset: int, size: int) -> None:
+        if not name.startswith(self._prefix):
+            folder, slash, base = name.rpartition(b"/")
+            stem, dot, _ = base.partition(b".")
             if not dot or not stem:
-                continue  # As the webdataset package does: such a member belongs to no sample.
-            if name[0] == "/" or ".." in folder.split("/"):
-                raise TarError("tar_unsafe", body - BLOCK, f"member name {name!r} leaves the archive")
-            sample_key = f"{folder}/{stem}" if folder else stem
-            if sample_key != key:
-                key = sample_key
-                samples.append(TarSample(key))
-                owners[-1] = len(samples) - 1
-            else:
-                owners[-1] = len(samples) - 1
-            members = samples[-1].members
-            extension = extension.lower()
-            if extension in members:
-                raise TarError("tar_duplicate", body - BLOCK, f"sample {key!r} has two members {extension!r}")
-            members[extension] = (body, size)
-        elif kind in (PAX, LONG_NAME):
-            if size > MAX_EXTENSION_BYTES:
-                raise TarError("tar_unsafe", body - BLOCK, f"a header extension of {size:,} bytes")
-            record = bytes(data[body : body + size])
-            if kind == LONG_NAME:
-                long_name = _text(record.rstrip(b"\0"), body)
-            else:
-                name, length = _pax(record, body)
-                long_name, long_size = name or long_name, length
-        elif kind not in (DIRECTORY, PAX_GLOBAL):
-            raise TarError("tar_unsafe", body - BLOCK, f"member type {chr(kind)!r} (link, device or sparse file)")
+                return  # As the webdataset package does: such a member belongs to no sample.
+            if name[0] == ord("/") or b".." in folder.split(b"/"):
+                raise TarError("tar_unsafe", offset, f"member name {name!r} leaves the archive")
+            key = folder + slash + stem
+            self._prefix = key + dot
+            self.samples.append(TarSample(_text(key, offset)))
+        members = self.samples[-1].members
+        extension = _text(name[len(self._prefix) :], offset).lower()
+        if extension in members:
+            raise TarError("tar_duplicate", offset, f"sample {self.samples[-1].key!r} has two members {extension!r}")
+        members[extension] = (offset + BLOCK, size)
+        self.owners[-1] = len(self.samples) - 1
+
+    def _extension(self, kind: int, body: int, size: int) -> None:
+        if size > MAX_EXTENSION_BYTES:
+            raise TarError("tar_unsafe", body - BLOCK, f"a header extension of {size:,} bytes")
+        record = bytes(self.page[body : body + size])
+        if kind == LONG_NAME:
+            self._long_name = record.rstrip(b"\0")
+        else:
+            name, self._long_size = _pax(record, body)
+            self._long_name = name or self._long_name
+        self.owners[-1] = len(self.samples)
+
+    def first_bad_checksum(self) -> int | None:
+        """Index of the first header whose checksum does not hold; all are summed in one call."""
+        if not self.headers:
+            return None
+        blocks = np.frombuffer(self.page, np.uint8)[: len(self.page) // BLOCK * BLOCK].reshape(-1, BLOCK)
+        chosen = blocks[np.array(self.headers) // BLOCK]
+        # The checksum field itself counts as eight spaces.
+        sums = chosen.sum(axis=1, dtype=np.int64) - chosen[:, 148:156].sum(axis=1, dtype=np.int64) + 8 * ord(" ")
+        for index, (total, stated) in enumerate(zip(sums.tolist(), self.checksums, strict=True)):
+            try:
+                if int(stated.partition(b"\0")[0], 8) != total:
+                    return index
+            except ValueError:
+                return index
+        return None
 
 
-def _number(header: bytes, offset: int) -> int:
-    if header[124] & BASE_256:
-        return int.from_bytes(header[125:136], "big")
+def _size(digits: bytes, offset: int) -> int:
+    if digits[0] & BASE_256:
+        return int.from_bytes(digits[1:], "big")
     try:
-        return int(header[124:136].rstrip(b"\0 ") or b"0", 8)
+        size = int(digits.partition(b"\0")[0], 8)
     except ValueError:
-        raise TarError("tar_header", offset, f"member size {header[124:136]!r} is not a number") from None
-
-
-def _name(header: bytes) -> str:
-    name = header[: header.find(0, 0, 100)] if header.find(0, 0, 100) >= 0 else header[:100]
-    if header[345] and header[257:263] == b"ustar\0":
-        name = header[345:500].rstrip(b"\0") + b"/" + name
-    return _text(name, 0)
+        size = -1
+    if size < 0:
+        raise TarError("tar_header", offset, f"member size {digits!r} is not a number")
+    return size
 
 
 def _text(name: bytes, offset: int) -> str:
@@ -131,36 +158,17 @@ def _text(name: bytes, offset: int) -> str:
         raise TarError("tar_header", offset, f"member name {name[:40]!r} is not UTF-8") from None
 
 
-def _pax(record: bytes, offset: int) -> tuple[str, int]:
-    """Path and size that a PAX record sets: "", -1 where it sets none."""
-    name, size, at = "", -1, 0
+def _pax(record: bytes, offset: int) -> tuple[bytes, int]:
+    """Path and size that a PAX record sets: b"", -1 where it sets none."""
+    name, size, at = b"", -1, 0
     while at < len(record):
-        length, space, _ = record[at:].partition(b" ")
-        if not space or not length.isdigit() or not 0 < int(length) <= len(record) - at:
+        length, space, _ = record[at : at + 20].partition(b" ")
+        if not space or not length.isdigit() or not len(length) + 2 < int(length) <= len(record) - at:
             raise TarError("tar_header", offset, "malformed PAX record")
         keyword, _, value = record[at + len(length) + 1 : at + int(length) - 1].partition(b"=")
         if keyword == b"path":
-            name = _text(value, offset)
+            name = value
         elif keyword == b"size" and value.isdigit():
             size = int(value)
         at += int(length)
     return name, size
-
-
-def _first_bad_checksum(page: memoryview, headers: list[int]) -> int | None:
-    """Index of the first header whose checksum does not hold; all are summed in one call."""
-    if not headers:
-        return None
-    blocks = np.frombuffer(page, np.uint8)[: len(page) // BLOCK * BLOCK].reshape(-1, BLOCK)
-    chosen = blocks[np.array(headers) // BLOCK]
-    # The checksum field itself counts as eight spaces.
-    sums = chosen.sum(axis=1, dtype=np.int64) - chosen[:, 148:156].sum(axis=1, dtype=np.int64) + 8 * 32
-    for index, total in enumerate(sums.tolist()):
-        start = headers[index] + 148
-        try:
-            stated = int(bytes(page[start : start + 8]).rstrip(b"\0 ") or b"0", 8)
-        except ValueError:
-            return index
-        if stated != total:
-            return index
-    return None

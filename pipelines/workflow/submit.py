@@ -9,6 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,24 +38,12 @@ class JobFailed(RuntimeError):
 
 def main(arguments: Sequence[str], *, again: bool = False, prepare: Callable[[], None] = lambda: None) -> int:
     """`[--working-dir DIR] STAGE RECIPE [--dotted.flag VALUE ...]`; returns the job's exit code."""
-    words = list(arguments)
-    folder: Path | None = code_folder()
-    if words[:1] == ["--working-dir"]:
-        if len(words) < 2:
-            raise RecipeError("--working-dir needs a folder, or `none` to run the code installed on the cluster")
-        folder = None if words[1] == "none" else Path(words[1])
-        words = words[2:]
-        if folder is not None and not folder.is_dir():
-            raise RecipeError(f"--working-dir {folder}: no such folder")
+    folder, words = _working_dir(list(arguments))
+    if words and words[0] not in STAGES and not words[0].startswith("-"):
+        raise RecipeError(f"unknown stage {words[0]!r}{nearest(words[0], STAGES)}")
     if len(words) < 2 or words[0].startswith("-"):
-        raise (
-            RecipeError("vit submit needs a stage and a recipe, as in `vit submit pretrain smoke/pretrain`")
-            if (not words or words[0] in STAGES or words[0].startswith("-"))
-            else RecipeError(f"unknown stage {words[0]!r}{nearest(words[0], STAGES)}")
-        )
+        raise RecipeError("vit submit needs a stage and a recipe, as in `vit submit pretrain smoke/pretrain`")
     stage, *rest = words
-    if stage not in STAGES:
-        raise RecipeError(f"unknown stage {stage!r}{nearest(stage, STAGES)}")
     recipe = parse(recipe_class(stage), rest, prog=f"vit submit {stage}")
     prepare()
     planned = plan(stage, recipe)
@@ -64,9 +53,22 @@ def main(arguments: Sequence[str], *, again: bool = False, prepare: Callable[[],
     try:
         follow(client(), submit(planned, recipe, folder=folder, again=again))
     except JobFailed as failed:
-        log.error("%s", failed)
+        say(str(failed))
         return failed.exit_code or 1
     return 0
+
+
+def _working_dir(words: list[str]) -> tuple[Path | None, list[str]]:
+    """The folder to upload, and the other words."""
+    if not words or words[0].split("=")[0] != "--working-dir":
+        return code_folder(), words
+    words = [*words[0].split("=", 1), *words[1:]]
+    if len(words) < 2:
+        raise RecipeError("--working-dir needs a folder, or `none` to run the code installed on the cluster")
+    folder = None if words[1] == "none" else Path(words[1])
+    if folder is not None and not folder.is_dir():
+        raise RecipeError(f"--working-dir {folder}: no such folder")
+    return folder, words[2:]
 
 
 def run_as_job(stage: str, recipe: Any) -> StageResult:
@@ -82,8 +84,6 @@ def run_as_job(stage: str, recipe: Any) -> StageResult:
         raise RuntimeError(
             f"the job of {stage} {planned.digest[:12]} succeeded but left no result; did an input change?"
         )
-    from dataclasses import replace
-
     return replace(made, reused=False)
 
 
@@ -107,7 +107,7 @@ def submit(planned: Plan, recipe: Any, *, folder: Path | None, again: bool = Fal
     living = [name for name, status in former.items() if status in {"PENDING", "RUNNING"}]
     if living:
         say(f"{planned.stage} {planned.digest[:12]}: attached to job {living[0]}")
-        return living[0]
+        return str(living[0])
     if planned.holder is not None:
         raise Held(f"{planned.stage} {planned.digest[:12]} is held by {planned.holder}, which is not a job")
     number = max([_attempts(planned), *(int(name.removeprefix(prefix)) for name in former)]) + 1
@@ -128,7 +128,7 @@ def submit(planned: Plan, recipe: Any, *, folder: Path | None, again: bool = Fal
         if "already" not in str(error):  # Two submissions at the same moment: one wins, the other attaches.
             raise
     say(f"{planned.stage} {planned.digest[:12]}: job {name}" + (f" with the code of {folder}" if folder else ""))
-    return name
+    return str(name)
 
 
 def entrypoint(arguments: Sequence[str]) -> str:
@@ -167,7 +167,7 @@ async def _follow(jobs: Any, name: str) -> str:
                 shown = max(shown, seen)
                 sys.stdout.write(fresh)
                 sys.stdout.flush()
-        except (RuntimeError, OSError, asyncio.TimeoutError) as error:
+        except (RuntimeError, OSError) as error:
             log.debug("log of %s: %s", name, error)
         try:
             status = str(jobs.get_job_status(name))
