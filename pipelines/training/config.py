@@ -35,6 +35,7 @@ class ModelConfig(Strict):
     pool: Literal["token", "gap", "map"] | None = None  # How tokens become one vector.
     channels: int | None = None  # Colour channels of the input.
     dropout: float | None = None  # The paper's places: after position embedding and dense layers.
+    patch_dropout: float | None = None  # Share of each training image's patches left out: faster steps.
 
     def __post_init__(self) -> None:
         sizes = ("patch_size", "width", "depth", "mlp_dim", "num_heads")
@@ -205,7 +206,6 @@ class WorkerConfig(Strict):
 
     count: int | None = how(default=None)  # Train workers; null: one per GPU, or two on CPUs (one on a single core).
     cpus: float = how(default=0.05)  # Logical CPUs each reserves; small on a laptop, so that reading gets the rest.
-    read_tasks: int | None = how(default=None)  # Concurrent read tasks per worker; null: what the CPUs allow.
     max_failures: int = how(default=8)  # Restarts of the worker group before the run counts as failed.
     log_every_steps: int = how(default=20)  # Steps between two points in the curves.
 

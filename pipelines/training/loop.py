@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from pipelines.batch import Batch
 from pipelines.training.config import TrainConfig
+from pipelines.training.names import TrainingError
 from pipelines.training.parallel import GradientSum, Ranks, seed_step
 from pipelines.training.schedules import ScheduleConfig, learning_rate
 from pipelines.training.state import TrainState
@@ -19,10 +20,6 @@ from pipelines.training.telemetry import Window
 __all__ = ["Hooks", "LoopConfig", "TrainingError", "train"]
 
 COLLECT_EVERY = 1000  # Steps between collections of garbage.
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on, and trying again would end the same way."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,13 +10,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pipelines import store
+from pipelines.training.names import PROGRESS, STOP
 
-__all__ = ["PROGRESS", "STOP", "Reporter"]
+__all__ = ["Log", "Reporter"]
 
 log = logging.getLogger(__name__)
 
-PROGRESS = "progress.json"  # Written by rank 0 under the attempt, read by the driver.
-STOP = "stop.json"  # Written by the driver under the attempt, read by rank 0.
 EVERY_SECONDS = 1.0
 FLUSH_SECONDS = 30.0
 
@@ -54,6 +53,12 @@ class Reporter:
         """Replace what the driver shows."""
         with self._lock:
             self._progress = {**(self._progress or {}), **fields, "time": time.time()}
+
+    def note(self, text: str) -> None:
+        """One line that the driver shows to the user."""
+        with self._lock:
+            before = self._progress or {}
+            self._progress = {**before, "notes": [*before.get("notes", ()), text][-50:], "time": time.time()}
 
     def close(self) -> None:
         """Send what is left; gives up on tracking after 30 s."""

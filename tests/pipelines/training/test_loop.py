@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pipelines.training.config import AdamW, MuonAdamW, Sgd
-from pipelines.training.loop import Hooks, TrainingError, train
+from pipelines.training.loop import Hooks, train
+from pipelines.training.names import TrainingError
 from pipelines.training.parallel import GradientSum, Ranks, seed_step
 from pipelines.training.state import StateError, TrainState
 from tests.pipelines.training.tiny import TinyModel, make_batch, make_batches, make_config, make_state, prepare
@@ -90,7 +91,12 @@ def test_time_between_steps_is_not_in_images_per_second() -> None:
 def test_bad_samples_are_counted() -> None:
     seen: list[dict[str, float]] = []
     train(
-        make_state(), make_batches(0), make_config(4), ALONE, prepare, Hooks(window=lambda _, metrics: seen.append(metrics))
+        make_state(),
+        make_batches(0),
+        make_config(4),
+        ALONE,
+        prepare,
+        Hooks(window=lambda _, metrics: seen.append(metrics)),
     )
     assert seen[0]["train/bad_samples"] == 4
 

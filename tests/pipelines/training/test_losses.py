@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,13 +20,17 @@ def some(seed: int, size: int = 12, classes: int = 5) -> tuple[torch.Tensor, tor
 
 
 @settings(max_examples=50, deadline=None)
-@given(seed=st.integers(0, 1000), cuts=st.lists(st.integers(0, 12), max_size=4), kind=st.sampled_from(["softmax", "sigmoid"]))
+@given(
+    seed=st.integers(0, 1000),
+    cuts=st.lists(st.integers(0, 12), max_size=4),
+    kind=st.sampled_from(["softmax", "sigmoid"]),
+)
 def test_any_split_of_a_batch_adds_up_to_the_same(seed: int, cuts: list[int], kind: str) -> None:
     logits, labels, weights = some(seed)
     bounds = [0, *sorted(cuts), 12]
     parts = [
         loss_sum(logits[a:b], labels[a:b], weights[a:b], kind, 0.1)  # type: ignore[arg-type]
-        for a, b in zip(bounds, bounds[1:], strict=False)
+        for a, b in itertools.pairwise(bounds)
     ]
     whole = loss_sum(logits, labels, weights, kind, 0.1)  # type: ignore[arg-type]
     torch.testing.assert_close(torch.stack(parts).sum(), whole)

@@ -1,0 +1,201 @@
+"""Stage `finetune`: pretrained weights and a downstream corpus in, a model version out (paper, section 3.2)."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines import identity, store
+from pipelines.config import Strict, input_
+from pipelines.identity import Attempt, StageResult
+from pipelines.reader.loader import AugmentConfig, ReaderConfig
+from pipelines.training.config import (
+    CheckpointConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Sgd,
+    TrainConfig,
+    ValidationConfig,
+    WorkerConfig,
+)
+from pipelines.training.schedules import ScheduleConfig
+
+if TYPE_CHECKING:
+    from pipelines.corpus.manifest import Corpus
+    from pipelines.tracking.run import Run
+    from pipelines.training.watch import Outcome
+
+__all__ = ["STAGE", "VERSION", "FinetuneRecipe", "run"]
+
+STAGE = "finetune"
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinetuneRecipe(Strict):
+    """Transfer pretrained weights to a downstream corpus, usually at a higher resolution."""
+
+    corpus: str = input_()  # NAME@current, NAME@DIGEST, or where a corpus lies.
+    weights: str | None = input_(default=None)  # URI or path of weights, models:/NAME/VERSION; null: from scratch.
+    split: str = "train"  # Split to train on.
+    model: ModelConfig | None = None  # From scratch: what is trained. With weights the file says it.
+    resolution: int = 384  # Image side in px; the position embedding is interpolated to it.
+    dropout: float = 0.0  # The paper's places; whatever the weights were trained with.
+    train: TrainConfig
+    optimizer: OptimizerConfig = field(default_factory=Sgd)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    seed: int = 0  # Of order, augmentation, dropout, and of initial weights from scratch.
+    lanes: int | None = None  # Tapes that are read side by side; null: chosen from corpus and batch_size.
+    register_as: str | None = None  # Name of the registered model that gets a new version; null: none.
+    reader: ReaderConfig = field(default_factory=ReaderConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    workers: WorkerConfig = field(default_factory=WorkerConfig)
+
+    def __post_init__(self) -> None:
+        if self.resolution < 1:
+            raise ValueError(f"resolution={self.resolution} px shows nothing; the paper uses 384")
+        if self.model is not None and {"dropout", "patch_dropout"} & self.model.overrides().keys():
+            raise ValueError(
+                "model.dropout and model.patch_dropout have no effect in finetune; set dropout beside model"
+            )
+
+
+def run(recipe: FinetuneRecipe) -> StageResult:
+    """Train, resume, or return the finished result of the same recipe, weights and corpus."""
+    from pipelines.corpus.manifest import open_corpus
+    from pipelines.training.worker import check_splits
+
+    if recipe.weights is None and recipe.model is None:
+        raise ValueError(
+            "weights=null trains from scratch and needs model; give weights, or model.variant, or its sizes"
+        )
+    if recipe.weights is not None and recipe.model is not None:
+        raise ValueError(f"model has no effect with weights={recipe.weights!r}, which say what they are; remove one")
+    if recipe.register_as is not None:
+        from pipelines.tracking.registry import check_model_name
+
+        check_model_name(recipe.register_as)
+    corpus = open_corpus(recipe.corpus)
+    check_splits(recipe, corpus)
+    with tempfile.TemporaryDirectory(prefix="vit-finetune-") as folder:
+        weights = _fetch(recipe.weights, Path(folder)) if recipe.weights is not None else None
+        inputs = {"corpus": corpus.digest, "weights": weights.digest if weights else "none"}
+        return identity.run_stage(STAGE, VERSION, recipe, inputs, partial(_work, recipe, corpus, weights, Path(folder)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """Weights to start from, on this machine."""
+
+    path: Path
+    digest: str  # Of the stage run that made them, or of the file.
+    lineage: dict[str, str]
+
+
+def _fetch(reference: str, folder: Path) -> _Weights:
+    if reference.startswith("models:/"):
+        from pipelines.tracking.registry import fetch_version
+
+        version = fetch_version(reference, folder)
+        lineage = {
+            "vit.pretrain_digest": version.digest,
+            "vit.pretrain_run_id": version.run_id,
+            "vit.weights": version.uri,
+        }
+        return _Weights(version.weights, version.digest, lineage)
+    try:
+        path = store.download(reference, folder / reference.rstrip("/").rsplit("/", 1)[-1])
+    except store.NotFound:
+        raise ValueError(
+            f"weights={reference!r}: there is no such object; give what `vit pretrain` returned, or check the name"
+        ) from None
+    try:
+        made_by = identity.result_of(reference)
+    except ValueError:  # Not made by a stage of ours: the content speaks for itself.
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        return _Weights(path, digest, {"vit.weights": reference, "vit.weights_digest": digest})
+    lineage = {
+        "vit.pretrain_digest": made_by.digest,
+        "vit.pretrain_run_id": made_by.run_id or "",
+        "vit.weights": reference,
+    }
+    return _Weights(path, made_by.digest, lineage)
+
+
+def _work(
+    recipe: FinetuneRecipe, corpus: Corpus, weights: _Weights | None, folder: Path, attempt: Attempt
+) -> StageResult:
+    from pipelines.tracking.run import track
+    from pipelines.training.worker import log_pictures, model_config, square_input, train_model
+
+    initial = None
+    if weights is None:
+        assert recipe.model is not None
+        model = model_config(recipe.model, recipe.resolution, dropout=recipe.dropout)
+    else:
+        from vit_model import load_model
+
+        loaded = load_model(
+            weights.path,
+            num_classes=len(corpus.class_names),
+            resolution=recipe.resolution,
+            dropout=recipe.dropout,
+            patch_dropout=0.0,
+        )
+        model = loaded.config
+        # Workers anywhere must reach it, and a later attempt must find the same.
+        initial = store.join(attempt.uri, "initial" + weights.path.suffix)
+        store.upload(weights.path, initial)
+    lineage = weights.lineage if weights else {"vit.weights": "none (from scratch)"}
+    with track(attempt, recipe, corpus=corpus, tags=lineage) as run:
+        outcome = train_model(
+            recipe,
+            attempt,
+            corpus,
+            run_id=run.id,
+            model=model,
+            head="linear",
+            initial=initial,
+            input_spec=square_input(model),
+        )
+        log_pictures(run, outcome, corpus.class_names)
+        return _result(recipe, corpus, attempt, run, outcome, lineage, folder)
+
+
+def _result(
+    recipe: FinetuneRecipe,
+    corpus: Corpus,
+    attempt: Attempt,
+    run: Run,
+    outcome: Outcome,
+    lineage: dict[str, str],
+    folder: Path,
+) -> StageResult:
+    uri = outcome.weights
+    if recipe.register_as is not None:
+        from pipelines.tracking.registry import register_version
+
+        uri = register_version(
+            run,
+            name=recipe.register_as,
+            weights=store.download(outcome.weights, folder / "trained.safetensors"),
+            corpus=corpus,
+            metrics={key: value for key, value in outcome.metrics.items() if key.startswith("val/")},
+            tags=lineage,
+            attempt=attempt,
+        )
+    details: dict[str, Any] = {
+        "weights": outcome.weights,
+        "pretrain_digest": lineage.get("vit.pretrain_digest"),
+        "pretrain_run_id": lineage.get("vit.pretrain_run_id"),
+        "steps": outcome.step,
+        "train_seconds": outcome.train_seconds,
+        "validation_images": outcome.validation_images,
+    }
+    return attempt.result(uri=uri, run_id=run.id, metrics=outcome.metrics, **details)

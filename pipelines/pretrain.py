@@ -1,0 +1,99 @@
+"""Stage `pretrain`: a corpus in, weights out. Ray Data streams the images, Ray Train runs the workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+from pipelines import identity
+from pipelines.config import Strict, input_
+from pipelines.identity import Attempt, StageResult
+from pipelines.reader.loader import AugmentConfig, ReaderConfig
+from pipelines.training.config import (
+    AdamW,
+    CheckpointConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    ValidationConfig,
+    WorkerConfig,
+)
+from pipelines.training.schedules import ScheduleConfig
+
+if TYPE_CHECKING:
+    from pipelines.corpus.manifest import Corpus
+
+__all__ = ["STAGE", "VERSION", "PretrainRecipe", "run"]
+
+STAGE = "pretrain"
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PretrainRecipe(Strict):
+    """Train a Vision Transformer from random weights."""
+
+    corpus: str = input_()  # NAME@current, NAME@DIGEST, or where a corpus lies.
+    split: str = "train"  # Split to train on.
+    model: ModelConfig  # What is trained.
+    resolution: int = 224  # Image side in px.
+    head: Literal["mlp", "linear"] = "mlp"  # mlp: one hidden tanh layer, as the paper pretrains.
+    train: TrainConfig
+    optimizer: OptimizerConfig = field(default_factory=AdamW)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    seed: int = 0  # Of initial weights, order, augmentation and dropout.
+    lanes: int | None = None  # Tapes that are read side by side; null: chosen from corpus and batch_size.
+    reader: ReaderConfig = field(default_factory=ReaderConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    workers: WorkerConfig = field(default_factory=WorkerConfig)
+
+    def __post_init__(self) -> None:
+        if self.resolution < 1:
+            raise ValueError(f"resolution={self.resolution} px shows nothing; the paper uses 224")
+        patch_size = self.model.patch_size
+        if self.model.variant is None and patch_size is not None and self.resolution % patch_size:
+            near = max(patch_size, round(self.resolution / patch_size) * patch_size)
+            raise ValueError(
+                f"resolution={self.resolution} is not divisible by model.patch_size={patch_size}; nearest: {near}"
+            )
+
+
+def run(recipe: PretrainRecipe) -> StageResult:
+    """Train, resume, or return the finished result of the same recipe and corpus."""
+    from pipelines.corpus.manifest import open_corpus
+    from pipelines.training.worker import check_splits
+
+    corpus = open_corpus(recipe.corpus)
+    check_splits(recipe, corpus)
+    return identity.run_stage(STAGE, VERSION, recipe, {"corpus": corpus.digest}, partial(_work, recipe, corpus))
+
+
+def _work(recipe: PretrainRecipe, corpus: Corpus, attempt: Attempt) -> StageResult:
+    from pipelines.tracking.run import track
+    from pipelines.training.worker import log_pictures, model_config, square_input, train_model
+
+    model = model_config(recipe.model, recipe.resolution)
+    with track(attempt, recipe, corpus=corpus) as run:
+        outcome = train_model(
+            recipe,
+            attempt,
+            corpus,
+            run_id=run.id,
+            model=model,
+            head=recipe.head,
+            initial=None,
+            input_spec=square_input(model),
+        )
+        log_pictures(run, outcome, corpus.class_names)
+        return attempt.result(
+            uri=outcome.weights,
+            run_id=run.id,
+            metrics=outcome.metrics,
+            weights=outcome.weights,
+            steps=outcome.step,
+            train_seconds=outcome.train_seconds,
+            validation_images=outcome.validation_images,
+        )

@@ -1,0 +1,113 @@
+"""The driver's side of a running training: show its progress, ask it to stop, read what it came to."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines import store
+from pipelines.identity import Attempt
+from pipelines.progress import say
+from pipelines.training.names import OUTCOME, PROGRESS, STOP, TrainingError
+
+__all__ = ["Outcome", "Watcher", "read_outcome", "stop"]
+
+EVERY_SECONDS = 1.0
+STOP_SECONDS = 90.0  # To finish the window under way, store a checkpoint and end the workers.
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What training came to."""
+
+    weights: str  # URI.
+    step: int
+    metrics: dict[str, float]
+    train_seconds: float
+    confusion: list[list[int]] | None = None
+    samples: str | None = None  # URI of pictures and predictions, safetensors.
+    validation_images: int = 0
+
+
+class Watcher:
+    """Reads what rank 0 writes, and shows it."""
+
+    def __init__(self, attempt: Attempt, update: Callable[..., None]) -> None:
+        self._uri = store.join(attempt.uri, PROGRESS)
+        self._update = update
+        self._notes = 0
+        self._read_at = 0.0
+        self.latest: dict[str, Any] = {}
+
+    def __call__(self, now: bool = False) -> None:
+        if not now and time.monotonic() - self._read_at < EVERY_SECONDS:
+            return
+        self._read_at = time.monotonic()
+        try:
+            latest = store.read_json(self._uri)
+        except store.StoreError:  # Not there yet, or the store is away for a moment: training goes on without a bar.
+            return
+        if latest == self.latest:
+            return
+        self.latest = latest
+        for note in self.latest.get("notes", ())[self._notes :]:
+            say(note)
+        self._notes = len(self.latest.get("notes", ()))
+        metrics = {**self.latest.get("metrics", {}), **self.latest.get("validation", {})}
+        if "step" in self.latest:
+            self._update(
+                self.latest["step"],
+                images_per_second=round(metrics["images_per_second"]) if "images_per_second" in metrics else None,
+                loss=metrics.get("train/loss"),
+                val_top1=metrics.get("val/top1"),
+            )
+
+
+def stop(attempt: Attempt, thread: threading.Thread, watcher: Watcher) -> None:
+    """Ask rank 0 to stop; a second Ctrl-C, or too long a wait, cuts the workers off."""
+    import ray
+
+    say("stopping: the workers store a checkpoint and end (Ctrl-C again cuts them off)")
+    with contextlib.suppress(KeyboardInterrupt, store.StoreError):
+        store.write_json(store.join(attempt.uri, STOP), {"time": time.time()})
+        thread.join(STOP_SECONDS)
+    if thread.is_alive():
+        ray.shutdown()  # The workers die with their driver.
+    watcher(now=True)
+    step = watcher.latest.get("checkpoint")
+    say(
+        f"stopped; the same command resumes {f'at step {step:,}' if step else 'from the last checkpoint, or the start'}"
+    )
+
+
+def read_outcome(attempt: Attempt, failure: BaseException | None) -> Outcome:
+    try:
+        left = store.read_json(store.join(attempt.uri, OUTCOME))
+    except store.NotFound:
+        raise TrainingError(_explain(failure) if failure else "the workers ended and left no result") from failure
+    if error := left.get("error"):
+        raise TrainingError(error)
+    if left.get("stopped"):  # By a stop request that was not this driver's Ctrl-C.
+        raise KeyboardInterrupt
+    return Outcome(
+        weights=left["weights"],
+        step=left["step"],
+        metrics=left["metrics"],
+        train_seconds=left["train_seconds"],
+        confusion=left.get("confusion"),
+        samples=left.get("samples"),
+        validation_images=left.get("validation_images", 0),
+    )
+
+
+def _explain(failure: BaseException) -> str:
+    """The worker's own error, out of Ray's wrappers."""
+    workers = getattr(failure, "worker_failures", None) or {}
+    for rank, error in sorted(workers.items()):
+        cause = getattr(error, "cause", None) or error.__cause__ or error
+        return f"worker {rank}: {type(cause).__name__}: {str(cause).strip().splitlines()[-1] if str(cause) else ''}"
+    return f"{type(failure).__name__}: {failure}"
