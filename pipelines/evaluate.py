@@ -32,6 +32,7 @@ VERSION = 1
 
 EVALUATION = "evaluation.json"
 PREDICTIONS = "predictions.parquet"
+TAGGED = ("top1", "top5", "loss")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -303,7 +304,8 @@ def _tag_version(
     tag_version(
         source.version,
         {
-            **metric_tags(metrics),
+            # A few only: each tag is one request, and the rest is in the evaluation and its MLflow run.
+            **metric_tags({key: metrics[key] for key in (f"{split}/{name}" for name in TAGGED) if key in metrics}),
             f"vit.{split}": f"top1 {scores.top1:.4f} ({low:.4f} to {high:.4f}, n={scores.n})",
             f"vit.{split}.corpus": corpus.reference,
             f"vit.{split}.digest": attempt.digest,
