@@ -109,7 +109,9 @@ def test_a_killed_run_goes_on_after_its_last_whole_part(place: Path, monkeypatch
         store.delete(store.join(place_of_run, "predictions", f"part-{number:05d}.parquet"))
     answered: list[int] = []
     read_block = predict.read_block
-    monkeypatch.setattr(predict, "read_block", lambda block, spec: answered.append(len(block)) or read_block(block, spec))
+    monkeypatch.setattr(
+        predict, "read_block", lambda block, spec: answered.append(len(block)) or read_block(block, spec)
+    )
     resumed = predict.run(recipe)
     assert sum(answered) == 15
     assert rows_of(resumed) == expected

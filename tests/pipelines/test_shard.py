@@ -80,7 +80,9 @@ def test_foreign_readers_find_every_image_and_label(kind: str, tmp_path: Path, c
         for key, row in rows.items():
             image = next(theirs[key][end] for end in ("png", "jpg", "webp") if end in theirs[key])
             # Ray puts NaN where a sample of the same block has another extension.
-            assert [image] == [rays[key][end] for end in ("png", "jpg", "webp") if isinstance(rays[key].get(end), bytes)]
+            assert [image] == [
+                rays[key][end] for end in ("png", "jpg", "webp") if isinstance(rays[key].get(end), bytes)
+            ]
             assert theirs[key]["cls"] == rays[key]["cls"] == str(row["label"]).encode()
             described = json.loads(theirs[key]["json"])
             assert described == {name: row[name] for name in ("width", "height", "label")} | {"path": row["source"]}
