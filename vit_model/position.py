@@ -66,8 +66,8 @@ def square_grid(num_rows: int, num_prefix: int) -> Grid:
 def resize_matrix(old: Grid, new: Grid) -> Float[Tensor, "M N"]:
     """The linear map from a flattened patch of one size to the same patch resized (bilinear, antialiased)."""
     basis = torch.eye(old[0] * old[1], dtype=torch.float64).view(-1, 1, *old)
-    basis = F.interpolate(basis, size=new, mode="bilinear", align_corners=False, antialias=True)
-    return torch.flatten(basis, 1).T
+    basis = F.interpolate(basis, size=new, mode="bilinear", align_corners=False, antialias=True).flatten(1)
+    return basis.T
 
 
 def resize_patch_kernel(kernel: Float[Tensor, "D C p q"], new: Grid) -> Float[Tensor, "D C P Q"]:

@@ -44,5 +44,8 @@ class MlflowServer:
         launch.watch.until(self.title, log, lambda: http_status(health) == 200, process.is_alive)
         return Started((process,), (session,))
 
-    def stops_first(self, process: Process) -> bool:
-        return True
+    def turn(self, process: Process) -> int:
+        return 0
+
+    def tidy(self, ports: dict[str, int]) -> None:
+        pass

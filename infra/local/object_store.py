@@ -6,6 +6,7 @@ volume reads and writes by signed tokens), and the gRPC ports ask for the client
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -78,8 +79,15 @@ class ObjectStore:
         quiet = ["-alsologtostderr=false", "-stderrthreshold", "ERROR", "-config_dir", str(folder)]
         return [find_weed(), *logging, *quiet, "mini", *(f"-{name}={value}" for name, value in flags.items())]
 
-    def stops_first(self, process: Process) -> bool:
-        return True
+    def turn(self, process: Process) -> int:
+        return 0
+
+    def tidy(self, ports: dict[str, int]) -> None:
+        # It names them by port, always in /tmp, and leaves them behind when it is killed.
+        for port in ports.values():
+            for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
 
 def find_weed() -> str:

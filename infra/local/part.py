@@ -38,5 +38,8 @@ class Part(Protocol):
     def start(self, launch: Launch) -> Started:
         """Start and wait until it answers."""
 
-    def stops_first(self, process: Process) -> bool:
-        """Processes that get SIGTERM before the others."""
+    def turn(self, process: Process) -> int:
+        """When the process is told to stop: those of turn 0 first."""
+
+    def tidy(self, ports: dict[str, int]) -> None:
+        """Remove what the stopped part leaves outside the state folder."""

@@ -110,15 +110,14 @@ def wait_gone(processes: Iterable[Process], seconds: float) -> list[Process]:
     return left
 
 
-def stop(living: Callable[[], list[Process]], first: Callable[[Process], bool], seconds: float = 15.0) -> list[Process]:
-    """SIGTERM to those that `first` selects, then to the others; SIGKILL to what is left after `seconds`."""
-    deadline = time.monotonic() + seconds
+def stop(living: Callable[[], list[Process]], turn: Callable[[Process], int], seconds: float) -> list[Process]:
+    """SIGTERM to the processes of turn 0, then of turn 1 and so on; SIGKILL to what is left after `seconds`."""
     stopped = living()
-    leaders = [process for process in stopped if first(process)]
-    send(leaders, signal.SIGTERM)
-    wait_gone(leaders, seconds / 2)
-    send(stopped, signal.SIGTERM)
-    wait_gone(stopped, max(0.0, deadline - time.monotonic()))
+    turns = sorted({turn(process) for process in stopped})
+    for number in turns:
+        group = [process for process in stopped if turn(process) == number]
+        send(group, signal.SIGTERM)
+        wait_gone(group, seconds / len(turns))
     for _ in range(5):  # A dying parent may leave a child that was born after the list was made.
         if not (left := living()):
             break

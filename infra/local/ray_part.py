@@ -87,9 +87,12 @@ class RayHead:
         launch.watch.until(self.title, log, lambda: http_status(jobs, headers) == 200, alive)
         return Started(tuple(found.values()), sessions)
 
-    def stops_first(self, process: Process) -> bool:
-        # The raylet takes its workers and agents along; without the GCS it would wait for it.
-        return process.name == "raylet"
+    def turn(self, process: Process) -> int:
+        # The raylet takes its workers and agents along; without the GCS the others would wait for it to come back.
+        return {"raylet": 0, "gcs_server": 2}.get(process.name, 1)
+
+    def tidy(self, ports: dict[str, int]) -> None:
+        pass
 
 
 def _environment(launch: Launch) -> dict[str, str]:

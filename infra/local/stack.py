@@ -28,6 +28,8 @@ __all__ = ["PARTS", "PartStatus", "StackError", "attend", "down", "status"]
 
 PARTS: tuple[Part, ...] = (ObjectStore(), MlflowServer(), RayHead())
 START_SECONDS = 180.0
+STOP_SECONDS = 15.0
+LEFTOVER_SECONDS = 5.0  # For what is left of a dead part: nothing there has anything to save.
 LEAST_FREE_BYTES = 1 << 30
 
 Say = Callable[[str], None]
@@ -79,7 +81,7 @@ def down(state: State, *, say: Say, forget: bool = False) -> list[str]:
         _check_host(state, record)
         stopped = []
         with ThreadPoolExecutor(len(PARTS)) as pool:  # MLflow and Ray wait for no reply of the store's when they end.
-            ended = {part.name: pool.submit(_stop, state, record, part) for part in PARTS}
+            ended = {part.name: pool.submit(_stop, state, record, part, STOP_SECONDS) for part in PARTS}
             for part in PARTS:
                 if ended[part.name].result():
                     stopped.append(part.title)
@@ -167,13 +169,13 @@ def _clear(state: State, record: Record, names: Iterable[str]) -> Record:
     """End what is left of dead parts: half a Ray head, or the servers of a start that was killed before its record."""
     for part in PARTS:
         if part.name in names:
-            _stop(state, record, part)
+            _stop(state, record, part, LEFTOVER_SECONDS)
             former = record.parts.get(part.name)
             record = record.with_part(part.name, PartRecord(former.ports if former else {}))
     return record
 
 
-def _stop(state: State, record: Record, part: Part) -> list[Process]:
+def _stop(state: State, record: Record, part: Part, seconds: float) -> list[Process]:
     former = record.parts.get(part.name, PartRecord({}))
     names = {process.pid: process.name for process in former.processes}
 
@@ -181,7 +183,9 @@ def _stop(state: State, record: Record, part: Part) -> list[Process]:
         found = processes.members(state.mark(part.name), former.processes, former.sessions)
         return [replace(process, name=names.get(process.pid, "")) for process in found]
 
-    return processes.stop(living, part.stops_first)
+    stopped = processes.stop(living, part.turn, seconds)
+    part.tidy(former.ports)
+    return stopped
 
 
 def _settle_ports(record: Record, names: Iterable[str], say: Say) -> tuple[Record, set[str]]:

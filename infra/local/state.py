@@ -201,7 +201,8 @@ class State:
         if len(str(inside)) <= LONGEST_SOCKET_FOLDER:
             return _private_folder(inside)
         name = f"vit-{os.getuid()}-{hashlib.sha256(str(self.folder).encode()).hexdigest()[:10]}"
-        return _private_folder(Path(tempfile.gettempdir()) / name)
+        # Ray opens its folder to everybody; this one above stays shut.
+        return _private_folder(_private_folder(Path(tempfile.gettempdir()) / name) / "ray")
 
     @contextlib.contextmanager
     def locked(self, say: Callable[[str], None], seconds: float = 300.0) -> Iterator[None]:

@@ -39,7 +39,9 @@ def load_model(
     """
     if head is not None and num_classes is None:
         raise ValueError(f"head={head!r} has no effect without num_classes; give the number of classes of the new head")
-    loaded = read_weights(Path(path), overrides)
+    # A file of arrays alone may tell only the number of its patches; the resolution asked for is then the best guess.
+    told = {} if resolution is None else {"resolution": resolution}
+    loaded = read_weights(Path(path), {**told, **overrides})
     changes = dict(overrides) if resolution is None else {**overrides, "resolution": resolution}
     config = override(loaded.config, changes)
     model = build_empty(config, loaded.num_classes, loaded.head).to_empty(device="cpu")

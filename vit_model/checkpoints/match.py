@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vit_model.build import Model
 from vit_model.checkpoints.errors import CheckpointError
@@ -62,12 +62,10 @@ def fit(model: Model, loaded: Loaded, path: str | Path, *, accept: Collection[st
 
 def check_accept(model: Model, accept: Collection[str]) -> None:
     known = {"head", "grid", "missing", "unused", *(field.name for field in dataclasses.fields(model.config))}
-    if isinstance(accept, str) or (unknown := sorted(set(accept) - known)):
-        raise ValueError(
-            f"accept={accept!r} is not a collection of these words: {sorted(known)}"
-            if isinstance(accept, str)
-            else f"accept has unknown words {unknown}; known: {sorted(known)}"
-        )
+    if isinstance(accept, str):
+        raise ValueError(f"accept={accept!r} is one word; give a collection, such as ({accept!r},)")
+    if unknown := sorted(set(accept) - known):
+        raise ValueError(f"accept has unknown words {unknown}; known: {sorted(known)}")
 
 
 def config_differences(model: Model, loaded: Loaded) -> list[tuple[str, object, object]]:
@@ -112,7 +110,3 @@ def fit_position(
 
 def listed(names: list[str], most: int = 12) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def state_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach() for name, tensor in model.state_dict().items()}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,17 @@ def write_native(
     input_spec: InputSpec | None,
     output_spec: OutputSpec | None,
 ) -> None:
-    """Written beside the target and renamed, so that a reader sees the old file or the whole new one."""
     metadata = describe(config, head, num_classes, input_spec, output_spec)
-    partial = path.with_name(path.name + ".partial")
+    plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    replace_atomically(path, lambda partial: save_file(plain, partial, metadata))
+
+
+def replace_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Written beside the target and renamed, so that a reader sees the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata)
+        write(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

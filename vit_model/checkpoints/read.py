@@ -1,23 +1,103 @@
-"""Which format is this file? Decided by its content."""
+"""Which format is this file or folder? Decided by its content. Nothing that is read can run code."""
 
 from __future__ import annotations
 
+import json
+import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from vit_model.checkpoints.errors import CheckpointError
+from vit_model.checkpoints.google import read_google
+from vit_model.checkpoints.huggingface import read_huggingface
 from vit_model.checkpoints.loaded import Loaded
 from vit_model.checkpoints.native import FORMAT, load_tensors, loaded_from, read_metadata
+from vit_model.checkpoints.timm import is_timm, read_timm
 
 Format = Literal["native", "google", "timm", "huggingface"]
 
 
-def read_weights(path: Path, hints: dict[str, Any]) -> Loaded:
+def read_weights(path: Path, hints: Mapping[str, Any]) -> Loaded:
     """hints are config fields that the file may not tell, such as num_heads."""
     if not path.exists():
         raise FileNotFoundError(f"no weights at {path}")
+    if path.is_dir():
+        return read_folder(path, hints)
+    if path.suffix == ".npz":
+        return read_google(path, hints)
     if path.suffix == ".safetensors":
         metadata = read_metadata(path)
         if metadata.get("format", "").startswith(FORMAT.split("/")[0]):
             return loaded_from(path, metadata, load_tensors(path))
-    raise CheckpointError(f"{path}: format not recognised")
+        heads = {"num_heads": int(metadata["num_heads"])} if metadata.get("num_heads", "").isdigit() else {}
+        return read_arrays(path, load_tensors(path), {**heads, **hints})  # our own timm files tell the heads
+    return read_arrays(path, load_torch(path), hints)
+
+
+def read_folder(folder: Path, hints: Mapping[str, Any]) -> Loaded:
+    """A folder in the way of the Hugging Face hub, of transformers or of timm."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise CheckpointError(f"{folder}: no config.json; give the file of weights itself")
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from error
+    arrays = load_folder(folder)
+    if "architecture" in values:  # timm's
+        return read_timm(arrays, {**timm_hints(values), **hints})
+    return read_huggingface(folder, arrays, values, hints)
+
+
+def load_folder(folder: Path) -> dict[str, Tensor]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if bad := [name for name in names if Path(name).name != name]:
+            raise CheckpointError(f"{index}: file names with a path: {bad}")
+        parts = [load_tensors(folder / name) for name in names]
+        return {name: tensor for part in parts for name, tensor in part.items()}
+    if (folder / "model.safetensors").exists():
+        return load_tensors(folder / "model.safetensors")
+    if (folder / "pytorch_model.bin").exists():
+        return load_torch(folder / "pytorch_model.bin")
+    raise CheckpointError(f"{folder}: no model.safetensors and no pytorch_model.bin")
+
+
+def timm_hints(values: Mapping[str, Any]) -> dict[str, Any]:
+    arguments = values.get("model_args", {})
+    hints: dict[str, Any] = {}
+    if "num_heads" in arguments:
+        hints["num_heads"] = arguments["num_heads"]
+    if "gelu_tanh" in str(arguments.get("act_layer", "")):
+        hints["gelu"] = "tanh"
+    return hints
+
+
+def read_arrays(path: Path, arrays: Mapping[str, Tensor], hints: Mapping[str, Any]) -> Loaded:
+    if is_timm(arrays.keys()):
+        return read_timm(arrays, hints)
+    if any(name.endswith("embeddings.cls_token") for name in arrays):
+        raise CheckpointError(
+            f"{path}: Hugging Face names; give the folder, whose config.json tells heads, eps and GELU"
+        )
+    some = ", ".join(sorted(arrays)[:5])
+    raise CheckpointError(f"{path}: names of no known format ({some}, ...)")
+
+
+def load_torch(path: Path) -> dict[str, Tensor]:
+    """A torch.save file of tensors; what its pickle may do is limited by weights_only."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not a torch file of tensors alone, so it is not read ({error})") from error
+    for key in ("model", "state_dict", "module"):  # DeiT, lightning, DeepSpeed
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise CheckpointError(f"{path}: not a dictionary of tensors")
+    return {str(name): tensor for name, tensor in content.items()}
