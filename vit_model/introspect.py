@@ -96,6 +96,7 @@ def attention_entropy(attention: Sequence[Float[Tensor, "B A N N"]]) -> Float[Te
     return torch.stack([torch.special.entr(p.float()).sum(dim=-1).mean(dim=(0, 2)) for p in attention])
 
 
+@torch.no_grad()
 def linear_cka(x: Float[Tensor, "S D"], y: Float[Tensor, "S E"]) -> float:
     """Similarity of two representations of the same samples (arXiv 1905.00414); 1 if equal up to rotation, scale."""
     x, y = x.double() - x.double().mean(dim=0), y.double() - y.double().mean(dim=0)
