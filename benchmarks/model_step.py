@@ -64,7 +64,7 @@ def build(name: str, config: ViTConfig, peers: dict[str, Any]) -> dict[str, tupl
     ours = build_model(config, 1000)
     found: dict[str, tuple[nn.Module, Forward]] = {"ours": (ours, lambda x: ours(x, tokens=False).logits)}
     if "timm" in peers:
-        theirs = peers["timm"].create_model(TIMM_NAMES[name])
+        theirs = peers["timm"].create_model(TIMM_NAMES[name], num_classes=1000)
         found["timm"] = (theirs, theirs)
     if "transformers" in peers and config.stem is None:
         values = {"hidden_size": config.width, "num_hidden_layers": config.depth, "num_labels": 1000}
