@@ -38,7 +38,9 @@ class StdConv2d(nn.Conv2d):
             return F.layer_norm(weight, weight.shape[1:], eps=self.eps).view_as(self.weight)
         var, mean = torch.var_mean(weight, dim=1, correction=0, keepdim=True)
         # The tiny floor keeps the gradient of sqrt finite for a constant kernel; it changes no float32 result.
-        return ((weight - mean) / ((var + 1e-20).sqrt() + self.eps)).view_as(self.weight)
+        scale = 1 / ((var + 1e-20).sqrt() + self.eps)
+        # w*s - m*s and not (w - m)*s: nothing as large as the kernel is then kept for the backward pass.
+        return torch.addcmul(-mean * scale, weight, scale).view_as(self.weight)
 
 
 def pad_same(x: Tensor, kernel: int, stride: int, value: float) -> Tensor:
@@ -69,7 +71,8 @@ class Bottleneck(nn.Module):
             shortcut = self.shortcut_norm(self.shortcut_conv(x))
         x = F.relu(self.norm1(self.conv1(x)), inplace=True)
         x = F.relu(self.norm2(self.conv2(x)), inplace=True)
-        return F.relu(shortcut + self.norm3(self.conv3(x)), inplace=True)
+        x = self.norm3(self.conv3(x))
+        return F.relu(x.add_(shortcut), inplace=True)  # no norm needs its own output for the backward pass
 
 
 class ResNetStem(nn.Module):
@@ -90,7 +93,10 @@ class ResNetStem(nn.Module):
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
         x = F.relu(self.norm(self.conv(x)), inplace=True)
-        x = F.max_pool2d(pad_same(x, 3, 2, 0.0), 3, 2)  # after a ReLU zeros pad like -inf
+        if x.shape[2] % 2 or x.shape[3] % 2:
+            x = F.max_pool2d(pad_same(x, 3, 2, 0.0), 3, 2)  # after a ReLU zeros pad like -inf
+        else:
+            x = F.max_pool2d(x, 3, 2, ceil_mode=True)  # SAME on even sides, without a padded copy
         x = self.stages(x)
         return x
 
