@@ -27,6 +27,7 @@ def _nothing_from_outside() -> Iterator[None]:
     paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))  # Ray workers import what is tested here.
     os.environ["VIT_STATE"] = "/nonexistent/vit-tests-without-stack"
+    os.environ["RAY_AUTH_MODE"] = "token"  # Ray reads it once, when it is imported: before any test imports Ray.
     yield
     os.environ.update(given)
 

@@ -147,9 +147,7 @@ def test_promoters_at_the_same_time_leave_the_best_as_champion(world: World) -> 
     evaluations = [world.evaluated(version).uri for version in versions]
     results: list[StageResult] = []
     threads = [
-        threading.Thread(
-            target=lambda uri=uri: results.append(promote.run(PromoteRecipe(evaluation=uri, minimum=0.5)))
-        )
+        threading.Thread(target=lambda uri=uri: results.append(promote.run(PromoteRecipe(evaluation=uri, minimum=0.5))))
         for uri in evaluations
     ]
     for thread in threads:
