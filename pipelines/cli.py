@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.config import RecipeError
-from pipelines.workflow.stages import STAGES, nearest, recipe_class
+from pipelines.workflow.stages import STAGES, exit_code, nearest, recipe_class
 
 __all__ = ["UsageError", "main"]
 
@@ -104,7 +104,7 @@ def _infra(verb: str) -> Callable[[list[str], Flags], int]:
     def call(arguments: list[str], flags: Flags) -> int:
         from infra.cli import main as infra_main
 
-        return int(infra_main([verb, *arguments]) or OK)
+        return infra_main(verb, arguments)
 
     return call
 
@@ -123,8 +123,9 @@ def _stage(stage: str) -> Callable[[list[str], Flags], int]:
         from pipelines.workflow.runner import again, run_stage_named
 
         with again(flags.again):
-            say_result(run_stage_named(stage, recipe))
-        return OK
+            outcome = run_stage_named(stage, recipe)
+        say_result(outcome)
+        return exit_code(stage, outcome.result)
 
     return call
 

@@ -154,7 +154,7 @@ def make_corpus(
         rejected=plan.rejected,
         ignored=plan.ignored,
         source=recipe.source,
-        recipe=identity.deciding_fields(recipe),
+        recipe={name: value for name, value in identity.deciding_fields(recipe).items() if name != "destination"},
     )
     _tell(corpus.head)
     return corpus

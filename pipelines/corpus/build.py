@@ -36,10 +36,10 @@ def build_shard(plan_uri: str, number: int, *, keep: bool = True) -> tuple[Shard
     if record is not None:
         return record, True
     shard = plan.shards[number]
-    needed = 2 * shard.bytes + 4096 * shard.rows
+    needed = 2 * shard.bytes + 4096 * shard.rows + SPARE_BYTES
     with tempfile.TemporaryDirectory(prefix="vit-shard-") as folder:
         free = shutil.disk_usage(folder).free
-        if free < needed + SPARE_BYTES:
+        if free < needed:
             raise CorpusError(
                 f"{tempfile.gettempdir()} has {free >> 20:,} MB free, shard {shard.name} may need {needed >> 20:,} MB;"
                 " free some, or set TMPDIR to a larger disk, and run the same command again"
@@ -92,8 +92,7 @@ def _write(plan: Plan, number: int, path: Path) -> tuple[ShardContent, list[Reje
     check = _checks(plan)
     rejected: list[Rejected] = []
     noted: Counter[str] = Counter()
-    with path.open("wb") as file:
-        writer = ShardWriter(file)
+    with path.open("wb") as file, ShardWriter(file) as writer:
         for row, image in zip(rows, fetch(plan.kind, rows), strict=True):
             try:
                 if isinstance(image, ImageRejected):

@@ -56,8 +56,8 @@ def fashion_mnist(folder: Path) -> tuple[Path, str]:
         else:
             path = stand_in(folder)
             return path, (
-                f"Fashion-MNIST could not be had ({problem}); a stand-in is used instead: 7,000 crops of the two photos"
-                " that scikit-learn ships, 10 classes by which part of which photo a crop shows. Its figures say nothing"
+                f"Fashion-MNIST could not be had ({problem}); a stand-in is used: 7,000 crops of the two photos that"
+                " scikit-learn ships, 10 classes by which part of which photo a crop shows. Its figures say nothing"
                 " about Fashion-MNIST"
             )
     _write(target / CLASSES, "".join(f"{name}\n" for name in FASHION_CLASSES).encode())

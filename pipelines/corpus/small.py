@@ -44,8 +44,7 @@ def _write_shard(
 ) -> ShardRecord:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "shard.tar"
-        with path.open("wb") as file:
-            writer = ShardWriter(file)
+        with path.open("wb") as file, ShardWriter(file) as writer:
             for source, name, data in rows:
                 facts = inspect_image(data)
                 writer.add(

@@ -72,7 +72,10 @@ class _Hashed:
 
 
 class ShardWriter:
-    """Writes samples one after another; `close` returns what the manifest has to know."""
+    """Writes samples one after another; `close` returns what the manifest has to know.
+
+    A context manager, so that an abandoned writer does not write its end to a file that is closed already.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         from webdataset import TarWriter
@@ -83,6 +86,12 @@ class ShardWriter:
         # TarWriter means USTAR but opens with tarfile's default: the same headers at twice the cost.
         self._tar.tarstream.format = tarfile.USTAR_FORMAT
         self._columns: dict[str, list[Any]] = {name: [] for name in ROW_FIELDS}
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._tar.close()
 
     def add(self, *, path: str, image: bytes, extension: str, width: int, height: int, label: int) -> None:
         """`image` goes in as it is; `extension` is jpg, png or webp."""

@@ -77,7 +77,7 @@ def run_in_process(workflow: Workflow, observe: Callable[[Outcome], None] = lamb
 def gate(outcome: Outcome) -> tuple[bool, str]:
     """Whether the version that a promote step was given is champion now, and what was said about it."""
     details = outcome.result.details
-    return bool(details.get("promoted") or details.get("already_champion")), str(details.get("reason", ""))
+    return bool(details["passed"]), str(details["reason"])
 
 
 def _assets(workflow: Workflow, hooks: Hooks) -> list[dagster.AssetsDefinition]:

@@ -12,7 +12,7 @@ from pipelines.config import RecipeError
 if TYPE_CHECKING:
     from pipelines.identity import StageResult
 
-__all__ = ["STAGES", "nearest", "recipe_class", "stage_run", "stage_version"]
+__all__ = ["STAGES", "exit_code", "nearest", "recipe_class", "stage_run"]
 
 # Stage NAME is the module pipelines.NAME with `VERSION`, `run` and the class NameRecipe. In the order of the flow.
 STAGES: Mapping[str, str] = {
@@ -38,9 +38,11 @@ def stage_run(stage: str) -> Callable[[Any], StageResult]:
     return run
 
 
-def stage_version(stage: str) -> int:
+def exit_code(stage: str, result: StageResult) -> int:
+    """0, or what the stage itself says of a result that is finished and still not a success, such as a refused gate."""
     _known(stage)
-    return int(import_module(f"pipelines.{stage}").VERSION)
+    own: Callable[[StageResult], int] | None = getattr(import_module(f"pipelines.{stage}"), "exit_code", None)
+    return own(result) if own is not None else 0
 
 
 def nearest(name: str, names: Iterable[str], count: int = 1) -> str:

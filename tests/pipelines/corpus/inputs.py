@@ -27,7 +27,9 @@ def picture(
     else:
         image = Image.fromarray(pixels).convert(mode)
         if mode in ("LA", "RGBA"):
-            image.putalpha(Image.fromarray(pixels[..., 0]))  # Pillow drops an alpha channel that is opaque throughout.
+            image.putalpha(
+                Image.fromarray(pixels[..., 0] // 2)
+            )  # Pillow drops an alpha channel that is opaque throughout.
         image.save(file, kind, **options)
     return file.getvalue()
 

@@ -8,11 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
 
 from pipelines.corpus.manifest import Corpus
 from pipelines.corpus.small import write_corpus
 from vit_model.preprocess import InputSpec
+
+# A busy machine is no fault of a property.
+settings.register_profile("reader", deadline=None)
+settings.load_profile("reader")
 
 PAGE_SAMPLES = 5
 CLASSES = ("cat", "dog", "owl")

@@ -61,7 +61,7 @@ def test_the_first_epoch_shows_every_image_once_before_any_twice(corpus: Corpus,
     assert set(ids) == set(range(103))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(start=st.integers(0, STEPS))
 def test_a_resumed_run_is_the_tail_of_the_uninterrupted_one(corpus: Corpus, uninterrupted: Any, start: int) -> None:
     assert trace(stream(corpus, start_step=start)) == uninterrupted[start:]

@@ -1,0 +1,131 @@
+"""Ray Data carries the same rows as the threads: same ids, same pixels, same errors, whatever it does to blocks."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipelines.corpus.manifest import Corpus
+from pipelines.reader import executions
+from pipelines.reader.executions import StarvedError, rows_of_table, table_of_rows
+from pipelines.reader.fetch import FetchError
+from pipelines.reader.loader import AugmentConfig, ReaderConfig, eval_batches, train_batches
+from pipelines.reader.rows import Rows
+
+from .conftest import GREY, picture
+
+RAY = ReaderConfig(backend="ray", num_cpus=0.25)
+LOCAL = ReaderConfig(backend="local")
+
+
+def some_rows(lane: int, k: int, count: int) -> Rows:
+    rng = np.random.default_rng(k)
+    return Rows(
+        lane=lane,
+        k=k,
+        images=rng.integers(0, 256, (count, 3, 4, 5), dtype=np.uint8),
+        labels=rng.integers(0, 9, count),
+        weights=rng.integers(0, 2, count).astype(np.float32),
+        sample_ids=rng.integers(0, 99, count),
+        faults=["", *["bad: x"] * (count - 1)],
+        num_pages=3,
+        num_bytes=1000,
+        cpu_seconds=0.5,
+    )
+
+
+@pytest.mark.parametrize("cut", [1, 3, 7, 100])
+def test_rows_survive_any_slicing_of_their_blocks(cut: int) -> None:
+    pieces = [some_rows(0, 5, 6), some_rows(0, 11, 2), some_rows(2, 0, 4), some_rows(0, 20, 3)]
+    table = pa.concat_tables(map(table_of_rows, pieces))
+    blocks = [table.slice(start, cut) for start in range(0, len(table), cut)]
+    found = [rows for block in blocks for rows in rows_of_table(block, (3, 4, 5))]
+    for name in ("images", "labels", "weights", "sample_ids"):
+        whole = np.concatenate([getattr(rows, name) for rows in pieces])
+        assert (np.concatenate([getattr(rows, name) for rows in found]) == whole).all()
+    where = [(rows.lane, rows.k + i) for rows in pieces for i in range(len(rows))]
+    assert [(rows.lane, rows.k + i) for rows in found for i in range(len(rows))] == where
+    assert sum(rows.num_pages for rows in found) == 12
+    assert sum(rows.cpu_seconds for rows in found) == 2.0
+    assert [fault for rows in found for fault in rows.faults] == [fault for rows in pieces for fault in rows.faults]
+
+
+def test_pixels_are_not_copied_into_arrow_and_back() -> None:
+    rows = some_rows(0, 0, 4)
+    (back,) = rows_of_table(table_of_rows(rows), (3, 4, 5))
+    assert np.shares_memory(rows.images, back.images)
+
+
+@pytest.fixture(scope="module")
+def cluster(stack: Any) -> None:
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
+
+
+def trace(corpus: Corpus, reader: ReaderConfig, **changes: Any) -> list[tuple[int | None, list[int], str]]:
+    settings: dict[str, Any] = dict(
+        batch_size=16, seed=5, spec=GREY, augment=AugmentConfig(), total_steps=60, lanes=4, window_pages=2
+    )
+    return [
+        (batch.step, batch.sample_ids.tolist(), hashlib.sha256(batch.images.numpy().tobytes()).hexdigest())
+        for batch in train_batches(corpus, reader=reader, **settings | changes)
+    ]
+
+
+@pytest.mark.stack
+def test_ray_gives_the_batches_of_the_threads(corpus: Corpus, cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executions, "TASKS_PER_EXECUTION", 3)  # A chain of several executions.
+    assert trace(corpus, RAY) == trace(corpus, LOCAL)
+    for rank in range(2):
+        ours = {"rank": rank, "world_size": 2, "start_step": 33}
+        assert trace(corpus, RAY, **ours) == trace(corpus, LOCAL, **ours)
+
+
+@pytest.mark.stack
+def test_ray_evaluates_what_the_threads_evaluate(corpus: Corpus, cluster: None) -> None:
+    found = [
+        [
+            (batch.sample_ids.tolist(), batch.images.numpy().tobytes())
+            for batch in eval_batches(corpus, split="test", batch_size=4, spec=GREY, reader=reader)
+        ]
+        for reader in (RAY, LOCAL)
+    ]
+    assert found[0] == found[1]
+
+
+@pytest.mark.stack
+def test_an_early_stop_gives_the_cpus_back(corpus: Corpus, cluster: None) -> None:
+    import time
+
+    import ray
+
+    with train_batches(
+        corpus, batch_size=16, seed=5, spec=GREY, augment=AugmentConfig(), total_steps=10**6, lanes=4, reader=RAY
+    ) as batches:
+        next(batches)
+    deadline = time.monotonic() + 20
+    while ray.available_resources().get("CPU", 0) < ray.cluster_resources()["CPU"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.stack
+def test_an_error_in_a_read_task_arrives_as_our_own(make_corpus: Callable[..., Corpus], cluster: None) -> None:
+    corpus = make_corpus([picture(i) for i in range(40)])
+    Path(corpus.shard_uri(1)).unlink()
+    with pytest.raises(FetchError, match=f"^{corpus.shard_uri(1)} is missing, but the manifest lists it; [^\n]*$"):
+        trace(corpus, RAY)
+
+
+@pytest.mark.stack
+def test_a_cluster_without_cpus_for_reading_is_refused_at_once(corpus: Corpus, cluster: None) -> None:
+    with pytest.raises(StarvedError, match=r"none is left for a read task of 1000; give workers"):
+        trace(corpus, ReaderConfig(backend="ray", num_cpus=1000))
