@@ -17,12 +17,13 @@ from pipelines.identity import StageResult
 from pipelines.predict import PredictRecipe
 from pipelines.tracking.client import TrackingError, connect
 from pipelines.tracking.registry import find_version
+from tests.pipelines.tracking.toys import own_root
 from tests.pipelines.worlds import grey, levels_corpus, register_threshold, threshold_weights
 
 
 @pytest.fixture
 def place(stack: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("VIT_ROOT", str(tmp_path / "root"))
+    own_root(monkeypatch)
     yield tmp_path
 
 
@@ -215,6 +216,6 @@ def test_wrong_recipes_are_refused(fields: dict[str, Any], says: str) -> None:
         from_dict(PredictRecipe, {"model": "models:/x@champion", **fields})
 
 
-@pytest.mark.parametrize("name", ["demo/predict", "smoke/predict"])
+@pytest.mark.parametrize("name", ["demo/predict", "smoke/predict", "predict/folder"])
 def test_packaged_recipes_load(name: str) -> None:
     load_recipe(PredictRecipe, name)
