@@ -265,7 +265,6 @@ def _workflow_arguments(verb: str, arguments: list[str]) -> tuple[str, dict[str,
 def ensure_stack() -> None:
     """Starts or heals the embedded stack unless the environment names other endpoints; says what it did."""
     from infra.endpoints import ensure
-
     from pipelines.progress import say
 
     ensure(say=say)
