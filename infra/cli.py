@@ -36,17 +36,19 @@ def main(verb: str, argv: Sequence[str]) -> int:
 
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     if arguments.state is not None:
-        os.environ["VIT_STATE"] = str(arguments.state.expanduser().absolute())
+        state = State(arguments.state.expanduser().absolute())
+    else:
+        state = State.find() or State.default()
     try:
         match verb:
             case "up":
-                return _up(console, State.find() or State.default())
+                return _up(console, state)
             case "down":
-                return _down(console, State.find() or State.default(), arguments.forget)
+                return _down(console, state, arguments.forget)
             case "status":
-                return _status(console, State.find() or State.default())
+                return _status(console, state)
             case _:
-                return _env(State.find() or State.default())
+                return _env(state)
     except StackError as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"vit {verb}: {error}", markup=False)
         return 1

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines import identity, store
 from pipelines.config import Strict, input_
+from pipelines.fit import check_splits, log_pictures, metrics_of, model_config, square_input, train_model
 from pipelines.identity import Attempt, StageResult
 from pipelines.reader.loader import AugmentConfig, ReaderConfig
 from pipelines.training.config import (
@@ -69,7 +70,6 @@ class FinetuneRecipe(Strict):
 def run(recipe: FinetuneRecipe) -> StageResult:
     """Train, resume, or return the finished result of the same recipe, weights and corpus."""
     from pipelines.corpus.manifest import open_corpus
-    from pipelines.training.worker import check_splits
 
     if recipe.weights is None and recipe.model is None:
         raise ValueError(
@@ -132,7 +132,6 @@ def _work(
     recipe: FinetuneRecipe, corpus: Corpus, weights: _Weights | None, folder: Path, attempt: Attempt
 ) -> StageResult:
     from pipelines.tracking.run import track
-    from pipelines.training.worker import log_pictures, model_config, square_input, train_model
 
     initial = None
     if weights is None:
@@ -177,7 +176,7 @@ def _result(
     lineage: dict[str, str],
     folder: Path,
 ) -> StageResult:
-    uri = outcome.weights
+    uri, metrics = outcome.weights, metrics_of(outcome)
     if recipe.register_as is not None:
         from pipelines.tracking.registry import register_version
 
@@ -186,7 +185,7 @@ def _result(
             name=recipe.register_as,
             weights=store.download(outcome.weights, folder / "trained.safetensors"),
             corpus=corpus,
-            metrics={key: value for key, value in outcome.metrics.items() if key.startswith("val/")},
+            metrics={key: value for key, value in metrics.items() if key.startswith(("val/", "test/"))},
             tags=lineage,
             attempt=attempt,
         )
@@ -196,6 +195,5 @@ def _result(
         "pretrain_run_id": lineage.get("vit.pretrain_run_id"),
         "steps": outcome.step,
         "train_seconds": outcome.train_seconds,
-        "validation_images": outcome.validation_images,
     }
-    return attempt.result(uri=uri, run_id=run.id, metrics=outcome.metrics, **details)
+    return attempt.result(uri=uri, run_id=run.id, metrics=metrics, **details)

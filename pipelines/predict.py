@@ -396,7 +396,7 @@ class _Parts:
         self.uris.append(uri)
 
     def publish(self, destination: str) -> str:
-        """Copy the parts to where the user wants them; the marker says whose they are and whether they are all there."""
+        """Copy the parts to where the user wants them; the marker says whose they are and whether all are there."""
         self._attempt.check()
         marker = {"digest": self._attempt.digest, "rows": self.num_rows, "parts": len(self.uris)}
         store.write_json(store.join(destination, MARKER), {**marker, "is_complete": False})

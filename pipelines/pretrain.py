@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pipelines import identity
 from pipelines.config import Strict, input_
+from pipelines.fit import check_splits, log_pictures, metrics_of, model_config, square_input, train_model
 from pipelines.identity import Attempt, StageResult
 from pipelines.reader.loader import AugmentConfig, ReaderConfig
 from pipelines.training.config import (
@@ -64,7 +65,6 @@ class PretrainRecipe(Strict):
 def run(recipe: PretrainRecipe) -> StageResult:
     """Train, resume, or return the finished result of the same recipe and corpus."""
     from pipelines.corpus.manifest import open_corpus
-    from pipelines.training.worker import check_splits
 
     corpus = open_corpus(recipe.corpus)
     check_splits(recipe, corpus)
@@ -73,7 +73,6 @@ def run(recipe: PretrainRecipe) -> StageResult:
 
 def _work(recipe: PretrainRecipe, corpus: Corpus, attempt: Attempt) -> StageResult:
     from pipelines.tracking.run import track
-    from pipelines.training.worker import log_pictures, model_config, square_input, train_model
 
     model = model_config(recipe.model, recipe.resolution)
     with track(attempt, recipe, corpus=corpus) as run:
@@ -91,9 +90,8 @@ def _work(recipe: PretrainRecipe, corpus: Corpus, attempt: Attempt) -> StageResu
         return attempt.result(
             uri=outcome.weights,
             run_id=run.id,
-            metrics=outcome.metrics,
+            metrics=metrics_of(outcome),
             weights=outcome.weights,
             steps=outcome.step,
             train_seconds=outcome.train_seconds,
-            validation_images=outcome.validation_images,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ def _nothing_from_outside() -> Iterator[None]:
     paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))  # Ray workers import what is tested here.
     os.environ["VIT_STATE"] = "/nonexistent/vit-tests-without-stack"
+    os.environ["RAY_AUTH_MODE"] = "token"  # Ray reads it once, when it is imported: before any test imports Ray.
     yield
     os.environ.update(given)
 
@@ -48,6 +50,8 @@ def stack_endpoints(_nothing_from_outside: None) -> Iterator[Endpoints]:
     finally:
         os.environ.clear()
         os.environ.update(before)
+        if "ray" in sys.modules:
+            sys.modules["ray"].shutdown()  # A driver that still hangs on when its cluster goes exits, without a word.
         if not kept:
             state = State.find()
             if state is not None:

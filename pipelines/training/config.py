@@ -166,6 +166,7 @@ class ValidationConfig(Strict):
     """Accuracy and loss on a held-out split while training, and always after the last step."""
 
     split: str | None = "val"  # Split to measure on; null: no validation.
+    test_split: str | None = None  # Split that is measured once, after the last step, as test/top1.
     every_epochs: float | None = how(default=1.0)  # How often while training; null: only at the end.
     batch_size: int = how(default=500)  # Images per forward over all workers.
 

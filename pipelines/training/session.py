@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -41,7 +43,6 @@ class SessionConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     num_classes: int
     first_attempt: int = 1  # Checkpoints of earlier attempts are ignored (`--again`).
-    keep_samples: bool = False  # Pictures of the last validation, for the sample page.
 
 
 class Session:
@@ -56,17 +57,20 @@ class Session:
         prepare: Prepare,
         training: Callable[[int, int], Batches],
         validation: Callable[[], Batches] | None,
+        test: Callable[[], Batches] | None,
         make_log: Callable[[], Log],
         export: Callable[[Path], None],
     ) -> None:
-        """`training(start_step, lanes)` and `validation()` open this rank's batches; `export` writes final weights."""
+        """`training(start_step, lanes)`, `validation()`, `test()` open this rank's batches; `export` writes weights."""
         self.config, self.state, self.ranks = config, state, ranks
-        self._prepare, self._training, self._validation, self._export = prepare, training, validation, export
+        self._prepare, self._training, self._export = prepare, training, export
+        self._validation, self._test = validation, test
         self._checkpoints = Checkpoints(config.attempt, config.checkpoint.keep, config.first_attempt)
         self._saver = AsyncSaver(self._checkpoints, self._committed)
         self._reporter = Reporter(config.attempt.uri, make_log) if ranks.rank == 0 else None
         self._order = dict(config.order)
-        self._measured: Measured | None = None
+        self._measured: Measured | None = None  # The last: the test split's, where there is one.
+        self._measured_images: dict[str, int] = {}
         self._latest: dict[str, float] = {}
         self._fatal: BaseException | None = None
         self._saved_at = time.monotonic()
@@ -158,7 +162,7 @@ class Session:
             self._validate(self.state.step)
             return True
         if self._reporter is not None:
-            self._reporter.progress(step=self.state.step, metrics={})
+            self._reporter.progress(step=self.state.step, metrics={}, pid=os.getpid(), host=socket.gethostname())
         with self._training(self.state.step, self._order["lanes"]) as batches:
             return train(self.state, batches, self.config.loop, self.ranks, self._prepare, hooks)
 
@@ -172,10 +176,14 @@ class Session:
             self._reporter.progress(step=step, metrics=metrics)
 
     def _validate(self, step: int) -> None:
-        if self._validation is None:
-            return
-        last = step == self.config.loop.total_steps
-        with self._validation() as batches:
+        last = step >= self.config.loop.total_steps
+        if self._validation is not None:
+            self._measure("val", self._validation, step, last)
+        if self._test is not None and last:
+            self._measure("test", self._test, step, last)
+
+    def _measure(self, name: str, held_out: Callable[[], Batches], step: int, last: bool) -> None:
+        with held_out() as batches:
             self._measured = validate(
                 self.state.model,
                 batches,
@@ -183,10 +191,11 @@ class Session:
                 self._prepare,
                 self.ranks,
                 self.config.num_classes,
-                keep_samples=last and self.config.keep_samples and self.ranks.rank == 0,
+                keep_samples=last and self.ranks.rank == 0,
             )
-        metrics = self._measured.metrics("val")
+        metrics = self._measured.metrics(name)
         self._latest.update(metrics)
+        self._measured_images[name] = self._measured.images
         if self._reporter is not None:
             self._reporter.log(metrics, step)
             self._reporter.progress(step=step, validation=metrics)
@@ -265,7 +274,7 @@ class Session:
                 store.upload(Path(folder) / SAMPLES, outcome["samples"])
         if self._measured is not None:
             outcome["confusion"] = self._measured.confusion
-            outcome["validation_images"] = self._measured.images
+            outcome["measured_images"] = self._measured_images
         self._write_outcome(**outcome)
 
     def _write_outcome(self, **fields: Any) -> None:

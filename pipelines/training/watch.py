@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipelines import store
@@ -30,7 +30,7 @@ class Outcome:
     train_seconds: float
     confusion: list[list[int]] | None = None
     samples: str | None = None  # URI of pictures and predictions, safetensors.
-    validation_images: int = 0
+    measured_images: dict[str, int] = field(default_factory=dict)  # By split: val, test.
 
 
 class Watcher:
@@ -100,7 +100,7 @@ def read_outcome(attempt: Attempt, failure: BaseException | None) -> Outcome:
         train_seconds=left["train_seconds"],
         confusion=left.get("confusion"),
         samples=left.get("samples"),
-        validation_images=left.get("validation_images", 0),
+        measured_images=left.get("measured_images", {}),
     )
 
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import socket
 import tempfile
 import threading
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
-from pipelines import identity, store
+from pipelines import store
 from pipelines.identity import Attempt
-from pipelines.progress import progress, say
+from pipelines.progress import progress
 from pipelines.reader.loader import AugmentConfig, ReaderConfig
 from pipelines.training.config import (
     Adam,
@@ -29,30 +30,17 @@ from pipelines.training.config import (
     ValidationConfig,
     WorkerConfig,
 )
-from pipelines.training.config import ModelConfig as SizeConfig
 from pipelines.training.schedules import ScheduleConfig
 from pipelines.training.watch import Outcome, Watcher, read_outcome, stop
 
 if TYPE_CHECKING:
     from ray.train.torch import TorchConfig
 
-    from pipelines.corpus.manifest import Corpus
-    from pipelines.tracking.run import Run
     from pipelines.training.reporter import Log
     from pipelines.training.session import Session
     from vit_model import InputSpec, Model, ModelConfig, OutputSpec
 
-__all__ = [
-    "TrainJob",
-    "check_splits",
-    "connect",
-    "launch",
-    "log_pictures",
-    "model_config",
-    "square_input",
-    "train_model",
-    "train_worker",
-]
+__all__ = ["TrainJob", "connect", "count_workers", "launch", "train_worker"]
 
 log = logging.getLogger(__name__)
 
@@ -141,11 +129,10 @@ def build_session(job: TrainJob, ranks: Any) -> Session:
             reader=job.reader,
         )
 
-    def validation() -> Any:
-        assert job.validation.split is not None
+    def held_out(split: str) -> Any:
         return eval_batches(
             corpus,
-            split=job.validation.split,
+            split=split,
             batch_size=batch_size,
             spec=job.input_spec,
             rank=ranks.rank,
@@ -179,13 +166,13 @@ def build_session(job: TrainJob, ranks: Any) -> Session:
             },
             checkpoint=job.checkpoint,
             num_classes=len(corpus.class_names),
-            keep_samples=True,
         ),
         TrainState(model, build_optimizers(model, job.optimizer)),
         ranks,
         prepare=lambda images: normalize(images, job.input_spec, torch.float32),
         training=training,
-        validation=validation if job.validation.split is not None else None,
+        validation=partial(held_out, job.validation.split) if job.validation.split is not None else None,
+        test=partial(held_out, job.validation.test_split) if job.validation.test_split is not None else None,
         make_log=lambda: make_log(job),
         export=export,
     )
@@ -234,123 +221,6 @@ def make_log(job: TrainJob) -> Log:
 
 
 # The driver ---------------------------------------------------------------------------------------------------------
-
-
-class TrainingRecipe(Protocol):
-    """What the recipes of `pretrain` and `finetune` have in common."""
-
-    @property
-    def split(self) -> str: ...
-    @property
-    def lanes(self) -> int | None: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def train(self) -> TrainConfig: ...
-    @property
-    def optimizer(self) -> AdamW | Adam | Sgd | MuonAdamW: ...
-    @property
-    def schedule(self) -> ScheduleConfig: ...
-    @property
-    def augment(self) -> AugmentConfig: ...
-    @property
-    def reader(self) -> ReaderConfig: ...
-    @property
-    def validation(self) -> ValidationConfig: ...
-    @property
-    def checkpoint(self) -> CheckpointConfig: ...
-    @property
-    def workers(self) -> WorkerConfig: ...
-
-
-def check_splits(recipe: TrainingRecipe, corpus: Corpus) -> None:
-    """The splits that the recipe names must be there, before anything starts."""
-    for field, split in (("split", recipe.split), ("validation.split", recipe.validation.split)):
-        if split is not None and not corpus.splits.get(split):
-            known = ", ".join(f"{name} ({count:,})" for name, count in corpus.splits.items())
-            off = "; null switches validation off" if field != "split" else ""
-            raise ValueError(f"{field}={split!r} is no split of {corpus.uri}; it has {known}{off}")
-
-
-def model_config(config: SizeConfig, resolution: int, **overrides: Any) -> ModelConfig:
-    """The model that a recipe describes."""
-    from vit_model import ViTConfig, variant
-
-    given = {**config.overrides(), **overrides, "resolution": resolution}
-    return ViTConfig(**given) if config.variant is None else variant(config.variant, **given)
-
-
-def square_input(model: ModelConfig) -> InputSpec:
-    """Images straight to the model's size, -1..1: the paper's code resizes to a square without a centre crop."""
-    from vit_model import InputSpec
-
-    height, width = model.size
-    channels = model.channels
-    return InputSpec(channels=channels, height=height, width=width, mean=(0.5,) * channels, std=(0.5,) * channels)
-
-
-def train_model(
-    recipe: TrainingRecipe,
-    attempt: Attempt,
-    corpus: Corpus,
-    *,
-    run_id: str | None,
-    model: ModelConfig,
-    head: Literal["linear", "mlp"],
-    initial: str | None,
-    input_spec: InputSpec,
-) -> Outcome:
-    """Work out the job, say what will be done, and do it on the cluster."""
-    import ray
-
-    from pipelines.reader.loader import choose_lanes
-    from vit_model import OutputSpec, build_model, count_parameters, forward_macs
-
-    connect()
-    num_workers, use_gpu = count_workers(recipe.workers)
-    num_images = corpus.splits[recipe.split]
-    total_steps = recipe.train.steps(num_images)
-    recipe.schedule.check(total_steps)
-    batch_size, num_classes = recipe.train.batch_size, len(corpus.class_names)
-    # At least two, so that one worker and two see the same order.
-    lanes = choose_lanes(corpus.pages(recipe.split), batch_size, max(2, num_workers), recipe.lanes)
-    free = float(ray.cluster_resources().get("CPU", 1.0)) - num_workers * recipe.workers.cpus
-    # Each rank reads by itself; on a small machine their read tasks must fit beside each other.
-    reader = replace(recipe.reader, num_cpus=max(0.05, min(recipe.reader.num_cpus, free / num_workers)))
-    job = TrainJob(
-        attempt=attempt,
-        first_attempt=attempt.number if identity.AGAIN.get() else 1,
-        run_id=run_id,
-        corpus=corpus.reference,
-        split=recipe.split,
-        lanes=lanes,
-        seed=recipe.seed,
-        total_steps=total_steps,
-        num_images=num_images,
-        model=model,
-        head=head,
-        initial=initial,
-        input_spec=input_spec,
-        output_spec=OutputSpec(
-            class_names=corpus.class_names, activation="softmax" if recipe.train.loss == "softmax" else "sigmoid"
-        ),
-        macs_per_image=forward_macs(model, num_classes, head),
-        train=recipe.train,
-        optimizer=recipe.optimizer,
-        schedule=recipe.schedule,
-        augment=recipe.augment,
-        reader=reader,
-        validation=recipe.validation,
-        checkpoint=recipe.checkpoint,
-        workers=recipe.workers,
-    )
-    parameters = count_parameters(build_model(model, num_classes, head, device="meta"))
-    say(
-        f"{attempt.stage}: batch {batch_size} over {num_workers} {'GPU' if use_gpu else 'CPU'} workers, "
-        f"{total_steps:,} steps = {total_steps * batch_size / num_images:.3g} epochs of {num_images:,} images, "
-        f"{parameters:,} parameters; {identity.code_origin()}"
-    )
-    return launch(job, num_workers, use_gpu)
 
 
 def connect() -> None:
@@ -418,32 +288,6 @@ def launch(job: TrainJob, num_workers: int, use_gpu: bool) -> Outcome:
     return read_outcome(attempt, failures[0] if failures else None)
 
 
-def log_pictures(run: Run, outcome: Outcome, class_names: Sequence[str]) -> None:
-    """Confusion matrix and sample predictions of the last validation, as figures of the MLflow run."""
-    import numpy as np
-
-    from pipelines.tracking.figures import confusion_figure, predictions_figure
-
-    if outcome.confusion is not None:
-        matrix = np.asarray(outcome.confusion, np.int64)
-        labels, predictions = np.nonzero(matrix)
-        figure = confusion_figure(labels, predictions, matrix[labels, predictions], class_names)
-        if figure is not None:
-            run.log_figure(figure, "confusion")
-    if outcome.samples is not None:
-        from safetensors.numpy import load
-
-        samples = load(store.read(outcome.samples))
-        best = samples["probabilities"].argmax(axis=1)
-        figure = predictions_figure(
-            list(samples["images"]),
-            [class_names[label] for label in samples["labels"]],
-            [class_names[label] for label in best],
-            samples["probabilities"].max(axis=1).tolist(),
-        )
-        run.log_figure(figure, "samples")
-
-
 # The process group --------------------------------------------------------------------------------------------------
 
 
@@ -463,15 +307,16 @@ def _torch_config() -> TorchConfig:
         share_cuda_visible_devices = True
 
         def on_start(self, worker_group: Any, backend_config: Any) -> None:
-            folder = tempfile.mkdtemp(prefix="vit-group-")
+            self.folder = tempfile.mkdtemp(prefix="vit-group-")
             size = len(worker_group)
             backend = "nccl" if worker_group.get_resources_per_worker().get("GPU", 0) else "gloo"
-            path = f"{folder}/{uuid.uuid4().hex}"
+            path = f"{self.folder}/{uuid.uuid4().hex}"
             ray.get([worker_group.execute_single_async(rank, _join, backend, rank, size, path) for rank in range(size)])
 
         def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
             with contextlib.suppress(Exception):  # Workers may be gone; their sockets went with them.
                 ray.get(worker_group.execute_async(_leave), timeout=10)
+            shutil.rmtree(getattr(self, "folder", ""), ignore_errors=True)
 
     @dataclass
     class LoopbackTorchConfig(TorchConfig):

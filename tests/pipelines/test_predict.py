@@ -17,12 +17,13 @@ from pipelines.identity import StageResult
 from pipelines.predict import PredictRecipe
 from pipelines.tracking.client import TrackingError, connect
 from pipelines.tracking.registry import find_version
+from tests.pipelines.tracking.toys import own_root
 from tests.pipelines.worlds import grey, levels_corpus, register_threshold, threshold_weights
 
 
 @pytest.fixture
 def place(stack: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("VIT_ROOT", str(tmp_path / "root"))
+    own_root(monkeypatch)
     yield tmp_path
 
 
@@ -109,7 +110,9 @@ def test_a_killed_run_goes_on_after_its_last_whole_part(place: Path, monkeypatch
         store.delete(store.join(place_of_run, "predictions", f"part-{number:05d}.parquet"))
     answered: list[int] = []
     read_block = predict.read_block
-    monkeypatch.setattr(predict, "read_block", lambda block, spec: answered.append(len(block)) or read_block(block, spec))
+    monkeypatch.setattr(
+        predict, "read_block", lambda block, spec: answered.append(len(block)) or read_block(block, spec)
+    )
     resumed = predict.run(recipe)
     assert sum(answered) == 15
     assert rows_of(resumed) == expected
@@ -213,6 +216,6 @@ def test_wrong_recipes_are_refused(fields: dict[str, Any], says: str) -> None:
         from_dict(PredictRecipe, {"model": "models:/x@champion", **fields})
 
 
-@pytest.mark.parametrize("name", ["demo/predict", "smoke/predict"])
+@pytest.mark.parametrize("name", ["demo/predict", "smoke/predict", "predict/folder"])
 def test_packaged_recipes_load(name: str) -> None:
     load_recipe(PredictRecipe, name)

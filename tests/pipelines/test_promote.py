@@ -21,6 +21,7 @@ from pipelines.identity import StageResult
 from pipelines.promote import PromoteRecipe, decide
 from pipelines.tracking.client import connect
 from pipelines.tracking.registry import VersionInfo, alias_target, find_version
+from tests.pipelines.tracking.toys import own_root
 from tests.pipelines.worlds import levels_corpus, register_threshold, threshold_weights
 
 LEVELS = range(64, 192)
@@ -50,7 +51,7 @@ class World:
 
 @pytest.fixture
 def world(stack: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    monkeypatch.setenv("VIT_ROOT", str(tmp_path / "root"))
+    own_root(monkeypatch)
     corpus = levels_corpus("levels", LEVELS)
     yield World(tmp_path, corpus, f"gate-{abs(hash(tmp_path)) % 10**9}")
 
@@ -147,9 +148,7 @@ def test_promoters_at_the_same_time_leave_the_best_as_champion(world: World) -> 
     evaluations = [world.evaluated(version).uri for version in versions]
     results: list[StageResult] = []
     threads = [
-        threading.Thread(
-            target=lambda uri=uri: results.append(promote.run(PromoteRecipe(evaluation=uri, minimum=0.5)))
-        )
+        threading.Thread(target=lambda uri=uri: results.append(promote.run(PromoteRecipe(evaluation=uri, minimum=0.5))))
         for uri in evaluations
     ]
     for thread in threads:
@@ -255,6 +254,6 @@ def test_wrong_recipes_are_refused(fields: dict[str, Any], says: str) -> None:
         from_dict(PromoteRecipe, {"evaluation": "x", **fields})
 
 
-@pytest.mark.parametrize("name", ["demo/promote", "smoke/promote"])
+@pytest.mark.parametrize("name", ["demo/promote", "smoke/promote", "promote/champion"])
 def test_packaged_recipes_load(name: str) -> None:
-    load_recipe(PromoteRecipe, name, {"evaluation": "x"})
+    load_recipe(PromoteRecipe, name)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from pipelines import shard, store
+from pipelines import store
 from pipelines.config import RecipeError, from_dict, load_recipe
 from pipelines.corpus.errors import CorpusError, ManifestError, QuarantineError, SourceError
 from pipelines.corpus.manifest import Corpus, open_corpus
@@ -49,7 +49,7 @@ def cluster() -> Iterator[None]:
 
     mine = not ray.is_initialized() and not os.environ.get("RAY_ADDRESS")
     if mine:
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.2")
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.2")
     yield
     if mine:
         ray.shutdown()
@@ -80,7 +80,9 @@ def test_foreign_readers_find_every_image_and_label(kind: str, tmp_path: Path, c
         for key, row in rows.items():
             image = next(theirs[key][end] for end in ("png", "jpg", "webp") if end in theirs[key])
             # Ray puts NaN where a sample of the same block has another extension.
-            assert [image] == [rays[key][end] for end in ("png", "jpg", "webp") if isinstance(rays[key].get(end), bytes)]
+            assert [image] == [
+                rays[key][end] for end in ("png", "jpg", "webp") if isinstance(rays[key].get(end), bytes)
+            ]
             assert theirs[key]["cls"] == rays[key]["cls"] == str(row["label"]).encode()
             described = json.loads(theirs[key]["json"])
             assert described == {name: row[name] for name in ("width", "height", "label")} | {"path": row["source"]}
@@ -337,36 +339,3 @@ def test_one_class_and_no_class_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="is empty"):
         make_corpus(recipe(tmp_path / "none", tmp_path / "c"))
     assert not (tmp_path / "c").exists()
-
-
-@pytest.mark.stack
-def test_from_bucket_to_bucket_with_identity_and_tracking(tmp_path: Path, stack: Any) -> None:
-    """On the real object store, Ray and MLflow: a second run returns the first, a new image makes a new version."""
-    folder = class_folders(tmp_path / "s", {"train/cat": 25, "train/dog": 25, "val/cat": 5, "val/dog": 5})
-    name = f"test-shard-{os.getpid()}-{time.time_ns()}"
-    prefix = store.join(store.root(), "uploads", name)
-    for path in sorted(folder.rglob("*.*")):
-        store.upload(path, store.join(prefix, path.relative_to(folder).as_posix()))
-    values = {"source": prefix, "destination": name, "shard_bytes": 2500}
-    result = shard.run(from_dict(ShardRecipe, values))
-    corpus = open_corpus(result.uri)
-    assert corpus.splits == {"train": 50, "val": 10} and result.uri == open_corpus(f"{name}@current").reference
-    assert result.metrics["images"] == 60 and not result.reused and result.run_id
-    for row in corpus.samples("val").to_pylist():
-        data = store.read(corpus.shard_uri(row["shard"]), row["offset"], row["bytes"])
-        assert (folder / row["source"]).read_bytes() in data
-    assert shard.run(from_dict(ShardRecipe, values)).reused
-    local = make_corpus(recipe(folder, tmp_path / "c", shard_bytes=2500))
-    assert local.digest == corpus.digest  # The same images from a folder are the same corpus.
-
-    store.write(store.join(prefix, "train/dog/extra.png"), picture(999))
-    grown = shard.run(from_dict(ShardRecipe, values))
-    assert not grown.reused and open_corpus(grown.uri).splits == {"train": 51, "val": 10}
-    assert open_corpus(f"{name}@current").digest != corpus.digest and len(corpus.samples("train")) == 50
-
-
-@pytest.mark.stack
-@pytest.mark.parametrize("source", ["s3://no-such-bucket-here/x", "ROOT/no-such-prefix"])
-def test_a_wrong_bucket_or_prefix_is_said(source: str, stack: Any) -> None:
-    with pytest.raises((SourceError, store.StoreError), match=r"does not exist|is empty|cannot list"):
-        shard.run(from_dict(ShardRecipe, {"source": source.replace("ROOT", store.root()), "destination": "x"}))

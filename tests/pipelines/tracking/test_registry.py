@@ -25,6 +25,7 @@ from tests.pipelines.tracking.toys import (
     ToyRecipe,
     attempt,
     digest_named,
+    own_root,
     picture,
     save_toy,
 )
@@ -35,7 +36,7 @@ METRICS = {"val/top1": 0.9123, "val/loss": 0.5}
 
 @pytest.fixture
 def place(stack: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("VIT_ROOT", str(tmp_path / "root"))
+    own_root(monkeypatch)
     yield tmp_path
 
 

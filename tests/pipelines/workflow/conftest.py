@@ -29,3 +29,19 @@ def write(house: Path) -> Callable[[str, str], str]:
         return str(path)
 
     return write_file
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class folders of 2 x 60 pictures, 16 px: light ones and dark ones."""
+    import numpy as np
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("photos")
+    random = np.random.default_rng(0)
+    for label, base in {"dark": 40, "light": 200}.items():
+        (folder / label).mkdir()
+        for number in range(60):
+            pixels = np.clip(random.normal(base, 20, (16, 16, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / label / f"{number:03d}.png")
+    return folder

@@ -6,13 +6,20 @@ import os
 import shutil
 import subprocess
 import sys
+import uuid
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from infra.endpoints import Endpoints
+from pipelines.config import load_recipe
+from pipelines.pretrain import PretrainRecipe
+from pipelines.shard import ShardRecipe
+from pipelines.shard import run as shard_run
 from pipelines.workflow.home import state_folder
-from pipelines.workflow.submit import EXCLUDES, code_folder, entrypoint
+from pipelines.workflow.planning import plan
+from pipelines.workflow.submit import EXCLUDES, JobFailed, client, code_folder, entrypoint, follow, run_as_job, submit
 
 ROOT = Path(__file__).parent.parent.parent.parent
 SECRET = "-".join(["a", "key", "that", "must", "not", "leave"])  # Not to be found in this file itself.
@@ -109,3 +116,64 @@ def test_a_node_with_the_console_script_runs_it(tmp_path: Path, python_only: Pat
 def test_a_source_folder_is_uploaded_and_an_installed_package_is_not() -> None:
     assert code_folder() == ROOT
     assert (code_folder() or Path()).joinpath("pyproject.toml").is_file()
+
+
+@pytest.fixture
+def shard_recipe(photos: Path) -> ShardRecipe:
+    return ShardRecipe(
+        source=str(photos), destination=f"jobs-{uuid.uuid4().hex[:8]}", splits={"train": 0.7, "val": 0.1, "test": 0.2}
+    )
+
+
+@pytest.mark.stack
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("stack")
+def test_a_second_submission_attaches_and_a_third_finds_the_result(shard_recipe: ShardRecipe) -> None:
+    planned = plan("shard", shard_recipe)
+    first = submit(planned, shard_recipe, folder=ROOT)
+    assert first == f"shard-{planned.digest[:12]}-a1"
+    assert submit(planned, shard_recipe, folder=ROOT) == first
+    follow(client(), first)
+    result = run_as_job("shard", shard_recipe)
+    assert result.reused and result.digest == planned.digest
+    assert len([job for job in client().list_jobs() if planned.digest[:12] in str(job.submission_id)]) == 1
+
+
+@pytest.mark.stack
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("stack")
+def test_a_job_that_fails_shows_its_log_and_a_later_one_gets_a_new_id(
+    photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "photos"
+    shutil.copytree(photos, source)
+    for name in ("dark/001.png", "light/001.png"):
+        (source / name).write_bytes(b"no picture")
+    recipe = ShardRecipe(source=str(source), destination=f"jobs-{uuid.uuid4().hex[:8]}", max_bad_fraction=0.0)
+    planned = plan("shard", recipe)
+    for attempt in (1, 2):
+        with pytest.raises(JobFailed, match="failed, exit code 1") as caught:
+            run_as_job("shard", recipe)
+        assert f"shard-{planned.digest[:12]}-a{attempt}" in str(caught.value)
+        assert "max_bad_fraction" in capfd.readouterr().out
+
+
+@pytest.mark.stack
+@pytest.mark.timeout(900)
+def test_plain_ray_job_submit_runs_a_recipe_as_it_is(stack: Endpoints, shard_recipe: ShardRecipe) -> None:
+    """The README's own line. Without an installed console script the package is run in its place."""
+    corpus = shard_run(shard_recipe)
+    command = ["vit"] if (Path(sys.executable).parent / "vit").exists() else ["python", "-m", "pipelines"]
+    submit_line = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", str(stack.ray_jobs)]
+    arguments = ["pretrain", "smoke/pretrain", "--corpus", corpus.uri, "--train.total-steps", "4"]
+    done = subprocess.run(
+        [*submit_line, "--working-dir", ".", "--", *command, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=800,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "uploaded by the job" in done.stdout or "installed" in done.stdout
+    recipe = load_recipe(PretrainRecipe, "smoke/pretrain", {"corpus": corpus.uri, "train.total_steps": 4})
+    assert plan("pretrain", recipe).state == "finished"

@@ -1,0 +1,114 @@
+"""The main job on a tiny corpus and the real stack: raw images to a champion, again, and after a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pipelines import cli, store
+from pipelines.identity import find_result
+from tests.integration.images import write_digits
+
+if TYPE_CHECKING:
+    from infra.endpoints import Endpoints
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
+STEPS = ("shard", "pretrain", "finetune", "evaluate", "promote", "predict")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_digits(tmp_path_factory.mktemp("raw") / "images")
+
+
+@pytest.fixture(autouse=True)
+def own_root(stack: Endpoints, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A place of its own in the bucket: other tests may run the same tiny recipes."""
+    monkeypatch.setenv("VIT_ROOT", f"{stack.root}/chain")
+    yield
+
+
+def run(images: Path, *flags: str) -> dict[str, Any]:
+    """Run the workflow as `vit run` does; outcomes by step."""
+    from pipelines.workflow.spec import load_workflow
+
+    values = {"shard": {"source": str(images)}, "predict": {"images": str(images / "digit-1")}}
+    return cli.run_workflow(load_workflow("smoke", values), plain="--plain" in flags, observe=lambda outcome: None)
+
+
+@pytest.fixture(scope="module")
+def first(stack_endpoints: Endpoints, images: Path) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in stack_endpoints.environment().items():
+            patch.setenv(name, value)
+        patch.setenv("VIT_ROOT", f"{stack_endpoints.root}/chain")
+        return run(images)
+
+
+def test_raw_images_become_a_champion(first: dict[str, Any]) -> None:
+    from pipelines.tracking.client import connect
+
+    assert tuple(first) == STEPS
+    assert not any(outcome.result.reused for outcome in first.values())
+    client = connect()
+    champion = client.get_model_version_by_alias("smoke", "champion")
+    assert first["promote"].result.uri == f"models:/smoke/{champion.version}"
+    assert champion.tags["vit.digest"] == first["finetune"].result.digest
+    for name in ("shard", "pretrain", "finetune", "evaluate", "predict"):
+        logged = client.get_run(first[name].result.run_id)
+        assert logged.info.status == "FINISHED"
+        assert logged.data.tags["vit.digest"] == first[name].result.digest
+        assert logged.data.tags["vit.code"]
+    params = client.get_run(first["pretrain"].result.run_id).data.params
+    assert params["train.batch_size"] == "16"
+    assert params["model.width"] == "32"
+
+
+def test_the_model_learned_something(first: dict[str, Any]) -> None:
+    metrics = first["evaluate"].result.metrics
+    assert metrics["test/top1_low"] <= metrics["test/top1"] <= metrics["test/top1_high"]
+    assert metrics["test/top1"] > 0.45  # Three classes: chance is a third.
+
+
+def test_predictions_are_a_table_with_a_row_for_every_image(first: dict[str, Any], images: Path) -> None:
+    import io
+
+    import pyarrow.parquet as pq
+
+    parts = [item.uri for item in store.list_objects(first["predict"].result.uri) if item.uri.endswith(".parquet")]
+    rows = [row for uri in parts for row in pq.read_table(io.BytesIO(store.read(uri))).to_pylist()]
+    assert len(rows) == len(list((images / "digit-1").iterdir()))
+    assert {row["predicted"] for row in rows} <= {"digit-0", "digit-1", "digit-2"}
+
+
+@pytest.mark.parametrize("flags", [(), ("--plain",)], ids=["dagster", "plain"])
+def test_the_second_run_reuses_every_stage(first: dict[str, Any], images: Path, flags: tuple[str, ...]) -> None:
+    second = run(images, *flags)
+    assert all(outcome.result.reused for outcome in second.values()), {
+        name: outcome.result.reused for name, outcome in second.items()
+    }
+    assert {name: outcome.result.digest for name, outcome in second.items()} == {
+        name: outcome.result.digest for name, outcome in first.items()
+    }
+
+
+@pytest.mark.parametrize("lost", ["evaluate", "promote", "shard"])
+def test_a_lost_result_makes_exactly_that_stage_run_again(first: dict[str, Any], images: Path, lost: str) -> None:
+    result = first[lost].result
+    store.delete(store.join(store.root(), "runs", lost, result.digest, "result.json"))
+    assert find_result(lost, result.digest) is None
+    second = run(images, "--plain")
+    assert [name for name, outcome in second.items() if not outcome.result.reused] == [lost]
+    assert second[lost].result.uri.split("/attempts/")[0] == result.uri.split("/attempts/")[0]
+
+
+def test_why_says_that_all_is_finished(first: dict[str, Any], images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--shard.source", str(images), "--predict.images", str(images / "digit-1")]
+    assert cli.main(["why", "workflows/smoke", *flags]) == 0
+    told = capsys.readouterr().out
+    assert told.count("finished") >= len(STEPS)
+    assert cli.main(["why", "workflows/smoke", *flags, "--pretrain.train.total_steps", "41"]) == 0
+    assert "total_steps" in capsys.readouterr().out
