@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -160,7 +162,7 @@ class Session:
             self._validate(self.state.step)
             return True
         if self._reporter is not None:
-            self._reporter.progress(step=self.state.step, metrics={})
+            self._reporter.progress(step=self.state.step, metrics={}, pid=os.getpid(), host=socket.gethostname())
         with self._training(self.state.step, self._order["lanes"]) as batches:
             return train(self.state, batches, self.config.loop, self.ranks, self._prepare, hooks)
 

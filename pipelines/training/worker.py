@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import socket
 import tempfile
 import threading
@@ -306,15 +307,16 @@ def _torch_config() -> TorchConfig:
         share_cuda_visible_devices = True
 
         def on_start(self, worker_group: Any, backend_config: Any) -> None:
-            folder = tempfile.mkdtemp(prefix="vit-group-")
+            self.folder = tempfile.mkdtemp(prefix="vit-group-")
             size = len(worker_group)
             backend = "nccl" if worker_group.get_resources_per_worker().get("GPU", 0) else "gloo"
-            path = f"{folder}/{uuid.uuid4().hex}"
+            path = f"{self.folder}/{uuid.uuid4().hex}"
             ray.get([worker_group.execute_single_async(rank, _join, backend, rank, size, path) for rank in range(size)])
 
         def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
             with contextlib.suppress(Exception):  # Workers may be gone; their sockets went with them.
                 ray.get(worker_group.execute_async(_leave), timeout=10)
+            shutil.rmtree(getattr(self, "folder", ""), ignore_errors=True)
 
     @dataclass
     class LoopbackTorchConfig(TorchConfig):
