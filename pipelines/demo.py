@@ -18,7 +18,7 @@ from pipelines.workflow.runner import Outcome, again
 from pipelines.workflow.spec import load_workflow
 from pipelines.workflow.stages import nearest
 
-__all__ = ["Measured", "difference", "main"]
+__all__ = ["Measured", "difference", "main", "sample_values"]
 
 # Below these the demo fails: something is broken. What it reaches stands in docs/performance.md.
 FLOORS = {"pretrain": 0.80, "evaluate": 0.90}
@@ -50,7 +50,7 @@ def main(
     started = time.monotonic()
     folder = _corpus_argument(list(arguments))
     prepare()
-    values, upstream, stand_in = _images(folder)
+    values, upstream, stand_in = sample_values(folder)
     workflow = load_workflow("demo", values)
     say(f"upstream    {upstream}")
     say(f"downstream  {_downstream(folder)}")
@@ -84,7 +84,7 @@ def _has_image(folder: Path) -> bool:
     return any(file.suffix.lower() in IMAGE_ENDINGS for file in folder.rglob("*"))
 
 
-def _images(folder: Path | None) -> tuple[Values, str, bool]:
+def sample_values(folder: Path | None) -> tuple[Values, str, bool]:
     """Where the images lie, as values for the steps; a sentence on the upstream ones; whether they are a stand-in."""
     from pipelines.corpus.samples import digits, fashion_mnist
     from pipelines.workflow.home import state_folder
@@ -119,7 +119,7 @@ def _summary(outcomes: Mapping[str, Outcome], folder: Path | None, stand_in: boo
     for column in ("step", "", "images/s", "seconds", "output"):
         table.add_column(column, justify="right" if column in {"images/s", "seconds"} else "left", overflow="fold")
     for name, outcome in outcomes.items():
-        rate = outcome.result.metrics.get("images_per_second")
+        rate = _images_per_second(outcome)
         table.add_row(
             name, how_it_came(outcome), f"{rate:,.0f}" if rate else "", f"{outcome.seconds:.1f}", _short(outcome)
         )
@@ -171,6 +171,16 @@ def _measured(outcome: Outcome) -> Measured:
     metrics = outcome.result.metrics
     top1 = metrics["test/top1"]
     return Measured(top1, metrics["test/top1_low"], metrics["test/top1_high"])
+
+
+def _images_per_second(outcome: Outcome) -> float | None:
+    """As the stage measured it, else over the whole step; a reused step keeps only the former."""
+    result = outcome.result
+    measured = result.metrics.get("images_per_second")
+    images = result.metrics.get("test/num_images") or result.details.get("num_images")
+    if measured is None and images and not result.reused:
+        return float(images) / outcome.seconds
+    return measured
 
 
 def _short(outcome: Outcome) -> str:

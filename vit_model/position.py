@@ -75,6 +75,6 @@ def resize_patch_kernel(kernel: Float[Tensor, "D C p q"], new: Grid) -> Float[Te
     old = (kernel.shape[2], kernel.shape[3])
     if old == new:
         return kernel
-    inverse = torch.linalg.pinv(resize_matrix(old, new).T)  # (M, N): w' = pinv(B^T) w
-    resized = kernel.double().flatten(2) @ inverse.T.to(kernel.device)
+    inverse: Tensor = torch.linalg.pinv(resize_matrix(old, new).T)  # (M, N): w' = pinv(B^T) w
+    resized: Tensor = kernel.double().flatten(2) @ inverse.T.to(kernel.device)
     return resized.view(*kernel.shape[:2], *new).to(kernel.dtype)
