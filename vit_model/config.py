@@ -52,7 +52,6 @@ class ViTConfig:
     stem_numerics: Literal["google", "timm"] = "google"  # eps of GroupNorm and of weight standardisation
 
     def __post_init__(self) -> None:
-        freeze_sequences(self)
         check_positive(self, "patch_size", "channels", "width", "depth", "mlp_dim", "num_heads", "stem_width")
         check_fraction(self, "dropout", "attention_dropout", "drop_path", "patch_dropout")
         if self.width % self.num_heads:
@@ -142,7 +141,6 @@ class ResNetConfig:
     root_pool: Literal["zero", "infinity"] = "zero"  # what the root max-pool pads with: BiT zeros, big_vision -inf
 
     def __post_init__(self) -> None:
-        freeze_sequences(self)
         check_positive(self, "channels", "width_factor")
         if not self.units or min(self.units) < 1:
             raise ValueError(f"units={self.units} needs at least one unit in every stage")
@@ -179,15 +177,8 @@ def config_from_dict(values: Mapping[str, Any]) -> ModelConfig:
     known = {field.name for field in dataclasses.fields(kinds[kind])}
     if unknown := sorted(set(values) - known):
         raise ValueError(f"unknown fields {unknown} in a config of kind {kind!r}; known: {sorted(known)}")
-    return kinds[kind](**values)
-
-
-def freeze_sequences(config: ModelConfig) -> None:
-    """JSON has lists only; a frozen, hashable config holds tuples."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if isinstance(value, list):
-            object.__setattr__(config, field.name, tuple(value))
+    # JSON has lists only; a frozen, hashable config holds tuples.
+    return kinds[kind](**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 def check_positive(config: ModelConfig, *names: str) -> None:

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import io
 import struct
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vit_model.shapes import UInt8
@@ -58,7 +59,7 @@ def decode_image(
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def decode_pixels(data: bytes, channels: int, max_pixels: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def decode_pixels(data: bytes, channels: int, max_pixels: int) -> NDArray[np.uint8]:
     """(H, W, C), own memory."""
     import simplejpeg
     from PIL import Image, UnidentifiedImageError
@@ -90,8 +91,12 @@ def decode_pixels(data: bytes, channels: int, max_pixels: int) -> np.ndarray[Any
         raise ImageError("unsupported_mode", f"pixels of mode {mode!r} have no fixed range; convert to 8 or 16 bit")
     try:
         if kind in ("JPEG", "MPO") and mode in ("L", "RGB"):
-            # The same libjpeg-turbo as Pillow's, without two copies.
-            pixels = simplejpeg.decode_jpeg(data, colorspace="RGB" if channels == 3 else "GRAY", strict=True)
+            # The same pixels as Pillow's libjpeg-turbo gives, without two copies.
+            pixels = simplejpeg.decode_jpeg(
+                data, colorspace="RGB" if mode == "RGB" or channels == 3 else "GRAY", strict=True
+            )
+            if pixels.shape[2] > channels:  # not the luma plane of the file, which differs where colours were clipped
+                pixels = np.asarray(Image.fromarray(pixels).convert("L"))
         else:
             pixels = np.array(flatten_modes(image, channels))
     except Image.DecompressionBombError as error:
@@ -117,7 +122,7 @@ def flatten_modes(image: Image.Image, channels: int) -> Image.Image:
     return image.convert(target)
 
 
-def upright(pixels: np.ndarray[Any, np.dtype[np.uint8]], orientation: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def upright(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
     """EXIF orientation 2..8; unknown values leave the picture as it is."""
     match orientation:
         case 2:

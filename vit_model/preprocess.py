@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,6 @@ class InputSpec:
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
             if len(getattr(self, name)) != self.channels:
                 raise ValueError(f"{name} has {len(getattr(self, name))} values for {self.channels} channels")
         if self.channels not in (1, 3):
@@ -60,7 +59,7 @@ class InputSpec:
 
     @classmethod
     def from_json(cls, text: str) -> InputSpec:
-        return cls(**json.loads(text))
+        return cls(**plain_tuples(json.loads(text)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,18 +72,20 @@ class OutputSpec:
     class_names: tuple[str, ...]
     activation: Literal["softmax", "sigmoid"] = "softmax"
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "class_names", tuple(self.class_names))
-
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> OutputSpec:
-        return cls(**json.loads(text))
+        return cls(**plain_tuples(json.loads(text)))
 
     def probabilities(self, logits: Float[Tensor, "B K"]) -> Float[Tensor, "B K"]:
         return logits.float().softmax(dim=-1) if self.activation == "softmax" else logits.float().sigmoid()
+
+
+def plain_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has lists only; a frozen, hashable spec holds tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def load_image(data: bytes, spec: InputSpec) -> UInt8[Tensor, "C H W"]:

@@ -50,7 +50,7 @@ class ResNet(nn.Module):
         self.norm = group_norm(inputs, config)
         self.head = Head(inputs, num_classes, head)
 
-    def forward(self, images: Float[Tensor, "B C H W"], tokens: bool = True, blocks: bool = False) -> Features:
+    def forward(self, images: Tensor, tokens: bool = True, blocks: bool = False) -> Features:
         """The tokens of a ResNet are the positions of its last feature map; its blocks are its stages."""
         check_images(images, self.config.channels)
         x = self.conv(images)

@@ -46,7 +46,7 @@ class ViT(nn.Module):
 
     def forward(
         self,
-        images: Float[Tensor, "B C H W"] | Sequence[Tensor],
+        images: Tensor | Sequence[Tensor],
         tokens: bool = True,
         blocks: bool = False,
         attention: bool = False,
@@ -84,13 +84,13 @@ class ViT(nn.Module):
             tuple(probabilities) if attention else None,
         )
 
-    def embed(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"]:
+    def embed(self, images: Tensor) -> Float[Tensor, "B N D"]:
         """Equation 1: patches, prefix tokens and positions."""
         patches = self.embed_patches(images)
         grid = self.config.grid_of(images.shape[2], images.shape[3])
         return self.add_position(patches, grid)
 
-    def embed_patches(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"]:
+    def embed_patches(self, images: Tensor) -> Float[Tensor, "B N D"]:
         """The patch embeddings alone, in raster order."""
         check_images(images, self.config.channels)
         self.config.grid_of(images.shape[2], images.shape[3])
@@ -158,8 +158,10 @@ class ViT(nn.Module):
                 x = self.norm(x)
         return x
 
-    def forward_packed(self, images: Sequence[Float[Tensor, "C H W"]]) -> Features:
+    def forward_packed(self, images: Sequence[Tensor]) -> Features:
         """NaViT's packing (arXiv 2307.06304) without its masks: one row of tokens, attention by groups of a length."""
+        if not images or any(image.ndim != 3 for image in images):
+            raise ValueError("packed images are a list of at least one (channels, height, width) tensor")
         order: dict[tuple[int, ...], list[int]] = {}
         for i, image in enumerate(images):
             order.setdefault(tuple(image.shape), []).append(i)

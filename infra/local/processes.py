@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from infra.endpoints import PART_MARK
@@ -25,7 +25,7 @@ __all__ = ["Process", "identify", "members", "memory_pss", "stop"]
 class Process:
     pid: int
     started: str  # Equal texts: the same process. Survives clock changes; differs after a reboot.
-    name: str = ""
+    name: str = field(default="", compare=False)
 
     def is_alive(self) -> bool:
         return start_time(self.pid) == self.started
@@ -89,8 +89,11 @@ def _belongs(pid: int, environment: dict[str, str], mark: str, sessions: Collect
 
 
 def _add(found: dict[int, Process], pid: int) -> None:
-    if process := identify(pid):
-        found[pid] = process
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        if process := identify(pid, psutil.Process(pid).name()):
+            found[pid] = process
 
 
 def send(processes: Iterable[Process], number: int) -> None:

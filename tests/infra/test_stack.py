@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from infra.endpoints import BUCKET, Endpoints
+from infra.local.errors import StackError
 from infra.local.processes import Process, members, memory_pss
 from infra.local.stack import PARTS, attend, down, status
 from infra.local.state import State
@@ -344,7 +345,6 @@ def test_mlflow_refuses_other_hosts_and_origins(stack: Stack) -> None:
     for host in ("evil.example", "10.0.0.1", "192.168.0.1:5000"):
         assert http(f"{address}/search?max_results=1", Host=host)[0] == 403
     assert http(f"{address}/create", "POST", Origin="http://evil.example")[0] == 403
-    assert http(f"{stack.endpoints().mlflow}/ajax-api/3.0/jobs/search", "POST")[0] >= 400
     traversal = "/api/2.0/mlflow-artifacts/artifacts/..%2f..%2f..%2fetc/passwd"
     assert http(f"{stack.endpoints().mlflow}{traversal}")[0] == 400
 
@@ -397,6 +397,22 @@ def test_a_submitted_job_finds_the_stack_and_no_secret_travels_with_it(stack: St
     assert done.returncode == 0, done.stdout + done.stderr
     assert "files: ['job.py', 'recipe.yaml']" in done.stdout  # Neither the state folder nor a key.
     assert f"python: {Path(sys.executable).parent / 'python'}" in done.stdout
+
+
+LATE = """
+import ray
+from infra import endpoints
+endpoints.ensure(start=False)
+ray.init(log_to_driver=False)
+print("cores:", ray.cluster_resources()["CPU"])
+"""
+
+
+def test_ray_may_be_imported_before_the_endpoints_are_known(stack: Stack) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LATE], cwd=stack.project, env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert "cores: " in done.stdout, done.stderr
 
 
 def test_worker_processes_listen_on_loopback_behind_the_token_too(stack: Stack) -> None:
@@ -470,27 +486,30 @@ def test_down_stops_everything_it_started_and_up_finds_it_again(stack: Stack) ->
     assert again.returncode == 0 and "nothing runs" in again.stdout
 
 
-def test_a_port_taken_meanwhile_is_left_to_its_holder(stack: Stack) -> None:
-    former = {name: part.ports for name, part in stack.state.record().parts.items()}
-    with listening(former["store"]["s3"]) as (foreign, port):
-        began = time.monotonic()
-        said = stack.attend()
-        assert time.monotonic() - began < 40
-        assert f"port {port} of the object store was taken by" in said[0] and f"(pid {foreign})" in said[0]
-        assert psutil.pid_exists(foreign)
-        now = {name: part.ports for name, part in stack.state.record().parts.items()}
-        assert now["store"].pop("s3") != former["store"].pop("s3")
-        assert now == former
-        assert s3(stack).get_object(Bucket=BUCKET, Key="kept/store-0")["Body"].read()
+def test_a_part_that_cannot_start_says_why_and_the_others_run(stack: Stack) -> None:
+    database = stack.state.folder / "mlflow" / "mlflow.db"
+    kept = database.read_bytes()
+    database.write_bytes(b"no database " * 1000)
+    with pytest.raises(StackError, match=r"(?s)the MLflow server stopped at its start; .*file is not a database"):
+        stack.attend()
+    assert [line.state for line in status(stack.state)] == ["running", "stopped", "running"]
+    before = stack.recorded()
+    database.write_bytes(kept)
+    stack.attend()
+    after = stack.recorded()
+    assert {name for name in after if after[name] != before[name]} == {"mlflow"}
+    assert s3(stack).get_object(Bucket=BUCKET, Key="kept/store-0")["Body"].read()
 
 
-def test_parts_that_were_told_an_address_are_restarted_when_it_moves(stack: Stack) -> None:
+def test_a_port_taken_meanwhile_is_left_to_its_holder_and_those_told_of_it_are_restarted(stack: Stack) -> None:
     port = stack.state.record().parts["mlflow"].ports["http"]
     before = stack.recorded()
     kill(stack.process("mlflow"))
-    with listening(port):
+    with listening(port) as (foreign, _):
         said = stack.attend()
+        assert psutil.pid_exists(foreign)
     assert [text.split(" ")[1] for text in said] == ["MLflow", str(port), "Ray"]
+    assert f"(pid {foreign}); it gets another one" in said[1]
     assert "restarted too" in said[-1]
     after = stack.recorded()
     assert {name for name in after if after[name] != before[name]} == {"mlflow", "ray"}

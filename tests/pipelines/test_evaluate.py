@@ -120,3 +120,10 @@ def test_what_cannot_be_evaluated_is_said_before_anything_starts(place: Path) ->
 @pytest.mark.parametrize("name", ["demo/evaluate", "demo/evaluate_scratch", "smoke/evaluate", "evaluate/held_out"])
 def test_packaged_recipes_load(name: str) -> None:
     load_recipe(EvaluateRecipe, name)
+
+
+def test_the_digest_of_a_recipe_stays_what_it_was() -> None:
+    """Fails when the same recipe would be computed anew: raise VERSION if that is meant, or restore the fields."""
+    recipe = EvaluateRecipe(model="m", corpus="c", split="val", batch_size=7)
+    found = identity.digest_of("evaluate", evaluate.VERSION, recipe, {"model": "a", "corpus": "b"})
+    assert found == "aa0b4c6cd57217239c2fcea5987b148d207104c3677f87ffa7e8e0d77d72a068"

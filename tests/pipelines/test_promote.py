@@ -257,3 +257,10 @@ def test_wrong_recipes_are_refused(fields: dict[str, Any], says: str) -> None:
 @pytest.mark.parametrize("name", ["demo/promote", "smoke/promote", "promote/champion"])
 def test_packaged_recipes_load(name: str) -> None:
     load_recipe(PromoteRecipe, name)
+
+
+def test_the_digest_of_a_recipe_stays_what_it_was() -> None:
+    """Fails when the same recipe would be decided anew: raise VERSION if that is meant, or restore the fields."""
+    recipe = PromoteRecipe(evaluation="e", minimum=0.9)
+    found = identity.digest_of("promote", promote.VERSION, recipe, {"evaluation": "a", "incumbent": "none"})
+    assert found == "148628992bb7b69f6c60402214329a2456ac4ee1992a2a19c4fb51b4609f4910"

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vit_model.build import Model
@@ -168,7 +169,7 @@ def load_npz(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: not a plain .npz of arrays ({error})") from error
 
 
-def to_tensor(array: np.ndarray[Any, Any]) -> Tensor:
+def to_tensor(array: NDArray[np.generic]) -> Tensor:
     if array.dtype == np.dtype("V2"):  # bfloat16 as numpy stores what it does not know
         return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16).float()
     return torch.from_numpy(np.ascontiguousarray(array))

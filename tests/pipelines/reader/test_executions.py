@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,12 +63,12 @@ def test_pixels_are_not_copied_into_arrow_and_back() -> None:
     assert np.shares_memory(rows.images, back.images)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def cluster(stack: Any) -> None:
     import ray
 
     if not ray.is_initialized():
-        ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
+        ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR")
 
 
 def trace(corpus: Corpus, reader: ReaderConfig, **changes: Any) -> list[tuple[int | None, list[int], str]]:

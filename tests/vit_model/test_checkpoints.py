@@ -1,0 +1,383 @@
+"""Reading and writing weights: bit-exact round trips, errors that list every difference, and no code from any file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.vit_model.reduced import randomize, reduced
+from vit_model import (
+    VARIANTS,
+    CheckpointError,
+    InputSpec,
+    OutputSpec,
+    ViTConfig,
+    build_model,
+    load_model,
+    load_weights,
+    read_specs,
+    save_weights,
+)
+
+SUFFIX = {
+    "native": "weights.safetensors",
+    "google": "weights.npz",
+    "timm": "weights.safetensors",
+    "huggingface": "folder",
+}
+
+
+def small(**changes):
+    return ViTConfig(
+        **{"resolution": 32, "patch_size": 8, "width": 32, "depth": 2, "mlp_dim": 48, "num_heads": 2, **changes}
+    )
+
+
+def as_said_by(format, config):
+    """The numerics that the format's readers assume."""
+    if isinstance(config, ViTConfig):
+        if format == "google":
+            config = dataclasses.replace(config, gelu="tanh")
+        if format == "timm" and config.stem is not None:
+            config = dataclasses.replace(config, stem_numerics="timm")
+    elif format == "timm":
+        config = dataclasses.replace(config, standardize_eps=1e-8)
+    return config
+
+
+def assert_same(one, other):
+    assert one.state_dict().keys() == other.state_dict().keys()
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("format", ["native", "google", "timm"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_round_trip_of_every_variant_is_bit_exact(name, format, tmp_path):
+    model = randomize(build_model(as_said_by(format, reduced(name)), 5))
+    path = tmp_path / SUFFIX[format]
+    save_weights(model, path, format)
+    loaded = load_model(path).eval()
+    assert_same(model, loaded)
+    x = torch.randn(2, 3, *model.config.size)
+    assert torch.equal(model(x).logits, loaded(x).logits)
+    again = build_model(model.config, 5)
+    load_weights(again, path)
+    assert_same(model, again)
+
+
+@pytest.mark.parametrize(
+    ("format", "changes", "head"),
+    [
+        ("huggingface", {}, "linear"),
+        ("huggingface", {"gelu": "tanh", "layer_norm_eps": 1e-12}, "linear"),
+        ("huggingface", {"resolution": (32, 64), "channels": 1, "qkv_bias": False}, "linear"),
+        ("google", {}, "mlp"),
+        ("google", {"pool": "gap"}, "mlp"),
+        ("google", {"pool": "map"}, "linear"),
+        ("google", {"position_prefix": False}, "linear"),
+        ("google", {"pool": "gap", "position": "sincos2d"}, "linear"),
+        ("timm", {"pool": "gap"}, "linear"),
+        ("timm", {"pool": "gap", "pool_norm": "after"}, "linear"),
+        ("timm", {"pool": "map"}, "linear"),
+        ("timm", {"num_registers": 4, "qk_norm": True, "layer_scale": 1e-5}, "linear"),
+        ("timm", {"position_prefix": False, "num_registers": 1}, "linear"),
+        ("native", {"num_registers": 4, "qk_norm": True, "layer_scale": 1e-4, "drop_path": 0.2}, "mlp"),
+        ("native", {"resolution": (32, 16), "position": "none", "pool": "map", "channels": 1}, "mlp"),
+    ],
+)
+def test_a_round_trip_of_options_is_bit_exact(format, changes, head, tmp_path):
+    model = randomize(build_model(as_said_by(format, small(**changes)), 5, head))
+    save_weights(model, tmp_path / SUFFIX[format], format)
+    loaded = load_model(tmp_path / SUFFIX[format])
+    assert_same(model, loaded)
+    same = {"resolution": loaded.config.resolution} if model.config.position == "sincos2d" else {}
+    expected = dataclasses.replace(model.config, **same)
+    if format == "native":
+        assert loaded.config == expected
+    assert loaded.head.kind == head
+
+
+@pytest.mark.parametrize(
+    ("format", "changes", "head", "words"),
+    [
+        ("google", {"gelu": "exact"}, "linear", "gelu='exact' would be read as 'tanh'"),
+        ("google", {"gelu": "tanh", "layer_norm_eps": 1e-5}, "linear", "layer_norm_eps=1e-05 would be read as 1e-06"),
+        ("google", {"gelu": "tanh", "pool": "gap", "pool_norm": "after"}, "linear", "pool_norm='after'"),
+        ("google", {"gelu": "tanh", "num_registers": 1}, "linear", "no place for registers"),
+        (
+            "google",
+            {"gelu": "tanh", "resolution": (32, 16)},
+            "linear",
+            "would be read as",
+        ),  # 8 + 1 rows look like 3 x 3
+        ("timm", {"gelu": "tanh"}, "linear", "gelu='tanh' would be read as 'exact'"),
+        ("timm", {}, "mlp", "timm has no MLP head"),
+        ("timm", {"position": "sincos2d"}, "linear", "timm has no position='sincos2d'"),
+        ("huggingface", {"pool": "gap"}, "linear", "plain ViT with pool='token'"),
+        ("huggingface", {"num_registers": 1}, "linear", "no place for registers"),
+        ("huggingface", {}, "mlp", "no hidden layer"),
+    ],
+)
+def test_what_a_format_cannot_say_is_refused_and_leaves_no_file(format, changes, head, words, tmp_path):
+    model = randomize(build_model(small(**changes), 5, head))
+    with pytest.raises(CheckpointError, match=words):
+        save_weights(model, tmp_path / SUFFIX[format], format)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_accepted_loss_is_written(tmp_path):
+    model = randomize(build_model(small(layer_norm_eps=1e-5), 5))
+    save_weights(model, tmp_path / "w.npz", "google", accept=("gelu", "layer_norm_eps"))
+    assert_same(model, load_model(tmp_path / "w.npz", gelu="exact", layer_norm_eps=1e-5))
+    with pytest.raises(ValueError, match="one word"):
+        load_weights(model, tmp_path / "w.npz", accept="gelu")
+    with pytest.raises(ValueError, match=r"unknown words \['gellu'\]"):
+        load_weights(model, tmp_path / "w.npz", accept=("gellu",))
+
+
+def test_a_file_of_another_model_is_refused_with_every_difference_at_once(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_weights(randomize(build_model(small(gelu="tanh", resolution=48), 7, "mlp")), path)
+    model = randomize(build_model(small(layer_norm_eps=1e-5), 5))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(model, path)
+    text = str(caught.value)
+    for words in (
+        "gelu is 'tanh' in the file and 'exact' in the model (accept='gelu')",
+        "layer_norm_eps is 1e-06 in the file and 1e-05 in the model (accept='layer_norm_eps')",
+        "head is mlp with 7 classes in the file and linear with 5 in the model (accept='head'",
+        "grid is (6, 6) in the file and (4, 4) in the model (accept='grid' interpolates)",
+    ):
+        assert words in text
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    load_weights(model, path, accept=("gelu", "layer_norm_eps", "head", "grid"))
+    assert torch.equal(model.head.out.weight, before["head.out.weight"])
+    assert not torch.equal(model.blocks[0].norm1.weight, before["blocks.0.norm1.weight"])
+
+
+def test_missing_and_unused_arrays_are_listed_by_name(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_weights(randomize(build_model(small(), 5)), path, "timm")
+    arrays = load_file(path)
+    arrays["extra.weight"] = arrays.pop("norm.bias")
+    arrays["mask_token"] = torch.zeros(1, 32)
+    save_file(arrays, path)
+    with pytest.raises(
+        CheckpointError, match=r"missing in the file: norm\.bias .*\n.*mask_token.*accept='unused'|extra"
+    ):
+        load_model(path, num_heads=2)
+    loaded = load_model(path, num_heads=2, accept=("missing", "unused"))
+    assert not loaded.norm.bias.any()
+
+
+def test_a_shape_that_differs_is_named(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_weights(build_model(small(), 5), path)
+    with pytest.raises(CheckpointError, match=r"patch_embedding.weight has shape \(32, 3, 8, 8\); the model's is"):
+        load_weights(build_model(small(width=64), 5), path, accept=("width",))
+
+
+def test_fine_tuning_replaces_the_head_even_for_equally_many_classes_and_resizes_positions(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    model = randomize(build_model(small(), 5, "mlp"))
+    save_weights(model, path)
+    loaded = load_model(path, num_classes=5, resolution=(48, 32), dropout=0.1)
+    assert loaded.config == small(resolution=(48, 32), dropout=0.1)
+    assert loaded.head.kind == "linear"
+    assert not loaded.head.out.weight.any()
+    assert loaded.position_embedding.shape == (1, 1 + 24, 32)
+    assert torch.equal(loaded.position_embedding[:, :1], model.position_embedding[:, :1])
+    assert load_model(path, num_classes=3, head="mlp").head.kind == "mlp"
+    with pytest.raises(ValueError, match="has no effect without num_classes"):
+        load_model(path, head="linear")
+
+
+def test_specs_live_in_the_file_and_are_read_without_its_tensors(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    given = InputSpec(height=32, width=32, resize="shorter_side", resize_to=36), OutputSpec(class_names=("a", "b"))
+    save_weights(build_model(small(), 2), path, input_spec=given[0], output_spec=given[1])
+    assert read_specs(path) == (small(), *given)
+    with pytest.raises(ValueError, match="names 2 classes; the model has 3"):
+        save_weights(build_model(small(), 3), path, output_spec=given[1])
+    with pytest.raises(ValueError, match="no place for specs"):
+        save_weights(build_model(small(), 2), path, "timm", input_spec=given[0])
+
+
+def test_a_hugging_face_folder_carries_classes_and_preprocessing(tmp_path):
+    spec, output = InputSpec(height=32, width=32, interpolation="bicubic"), OutputSpec(class_names=("cat", "dog"))
+    save_weights(build_model(small(), 2), tmp_path / "folder", "huggingface", input_spec=spec, output_spec=output)
+    from vit_model.checkpoints.read import read_weights
+
+    loaded = read_weights(tmp_path / "folder", {})
+    assert (loaded.input_spec, loaded.output_spec) == (spec, output)
+    assert json.loads((tmp_path / "folder" / "config.json").read_text())["label2id"] == {"cat": 0, "dog": 1}
+
+
+def test_names_of_transformers_5_are_read_as_those_of_4(tmp_path):
+    model = randomize(build_model(small(), 5))
+    save_weights(model, tmp_path, "huggingface")
+    renames = (
+        ("encoder.layer.", "layers."),
+        ("attention.attention.query", "attention.q_proj"),
+        ("attention.attention.key", "attention.k_proj"),
+        ("attention.attention.value", "attention.v_proj"),
+        ("attention.output.dense", "attention.o_proj"),
+        ("intermediate.dense", "mlp.fc1"),
+        ("output.dense", "mlp.fc2"),
+    )
+    arrays = {}
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():
+        for old, new in renames:
+            name = name.replace(old, new)
+        arrays[name] = tensor
+    save_file(arrays, tmp_path / "model.safetensors")
+    assert_same(model, load_model(tmp_path))
+
+
+def test_a_sharded_folder_and_a_torch_file_are_read_too(tmp_path):
+    model = randomize(build_model(small(), 5))
+    save_weights(model, tmp_path, "huggingface")
+    arrays = load_file(tmp_path / "model.safetensors")
+    names = sorted(arrays)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(arrays, tmp_path / "pytorch_model.bin")
+    assert_same(model, load_model(tmp_path))
+    (tmp_path / "pytorch_model.bin").unlink()
+    parts = {"model-1.safetensors": names[:9], "model-2.safetensors": names[9:]}
+    for file, part in parts.items():
+        save_file({name: arrays[name] for name in part}, tmp_path / file)
+    weight_map = {name: file for file, part in parts.items() for name in part}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert_same(model, load_model(tmp_path))
+    weight_map[names[0]] = "../outside.safetensors"
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match="file names with a path"):
+        load_model(tmp_path)
+
+
+def test_relatives_of_timm_are_understood(tmp_path):
+    """DeiT III's gamma_1; DINOv2's register_tokens, of which only the class token has a position row."""
+    model = randomize(build_model(small(layer_scale=1e-5, num_registers=2, position_prefix=False), 5))
+    path = tmp_path / "weights.safetensors"
+    save_weights(model, path, "timm")
+    arrays = {}
+    for name, tensor in load_file(path).items():
+        name = name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2")
+        arrays["register_tokens" if name == "reg_token" else name] = tensor
+    row = torch.randn(1, 1, 32)
+    arrays["cls_token"] = arrays["cls_token"] - row
+    arrays["pos_embed"] = torch.cat([row, arrays["pos_embed"]], dim=1)
+    torch.save({"model": arrays}, tmp_path / "deit.pth")
+    loaded = load_model(tmp_path / "deit.pth", num_heads=2).eval()
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(loaded(x).logits, model(x).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_fused_weights_of_an_unknown_size_need_their_heads_told(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_weights(randomize(build_model(small(), 5)), path, "timm")
+    save_file(load_file(path), path)
+    with pytest.raises(CheckpointError, match="give num_heads="):
+        load_model(path)
+    assert load_model(path, num_heads=2).config.num_heads == 2
+
+
+def test_half_precision_arrays_of_numpy_are_read(tmp_path):
+    model = randomize(build_model(small(gelu="tanh"), 5))
+    save_weights(model, tmp_path / "a.npz", "google")
+    halves = {}
+    with np.load(tmp_path / "a.npz") as file:
+        for name in file.files:
+            half = torch.from_numpy(file[name]).bfloat16()
+            halves[name] = half.contiguous().view(torch.int16).numpy().view("V2")  # as numpy stores bfloat16
+    np.savez(tmp_path / "b.npz", **halves)
+    loaded = load_model(tmp_path / "b.npz")
+    assert torch.equal(loaded.norm.weight, model.norm.weight.bfloat16().float())
+
+
+class Payload:
+    """A pickle with a visible side effect."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "w.pth",
+        "w.pt",
+        "w.bin",
+        "w.ckpt",
+        "w.npz",
+        "w.safetensors",
+        "w",
+        "folder/pytorch_model.bin",
+        "folder/model.safetensors",
+    ],
+)
+@pytest.mark.parametrize("kind", ["pickle", "torch", "object array"])
+def test_a_pickle_is_refused_by_every_reader_and_never_run(name, kind, tmp_path):
+    mark = tmp_path / "the-payload-ran"
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    if path.parent != tmp_path:
+        (path.parent / "config.json").write_text('{"model_type": "vit"}')
+    with path.open("wb") as file:
+        if kind == "pickle":
+            pickle.dump({"cls_token": Payload(mark)}, file)
+        elif kind == "torch":
+            torch.save({"cls_token": Payload(mark)}, file)
+        else:
+            np.savez(file, cls=np.array([Payload(mark)], dtype=object))
+    target = path.parent if path.parent != tmp_path else path
+    for read in (load_model, lambda p: load_weights(build_model(small(), 5), p)):
+        with pytest.raises(CheckpointError):
+            read(target)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, -1])
+def test_a_torn_file_is_an_error_that_names_it(keep, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_weights(build_model(small(), 5), path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        load_model(path)
+
+
+def test_metadata_of_a_newer_version_or_of_nonsense_is_an_error(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_file({"x": torch.zeros(1)}, path, {"format": "vit_model/2", "config": "{}"})
+    with pytest.raises(CheckpointError, match="newer version"):
+        load_model(path)
+    save_file({"x": torch.zeros(1)}, path, {"format": "vit_model/1", "config": '{"kind": "vit", "depth": "x"}'})
+    with pytest.raises(CheckpointError, match="does not describe a model"):
+        load_model(path)
+    with pytest.raises(FileNotFoundError, match="no weights at"):
+        load_model(tmp_path / "absent.safetensors")
+
+
+def test_numbers_that_are_not_finite_are_not_written(tmp_path):
+    model = build_model(small(), 5)
+    with torch.no_grad():
+        model.norm.bias[0] = torch.nan
+    with pytest.raises(CheckpointError, match="not finite"):
+        save_weights(model, tmp_path / "w.safetensors")
+
+
+def test_the_file_name_must_say_the_format(tmp_path):
+    with pytest.raises(ValueError, match=r"does not end in \.safetensors"):
+        save_weights(build_model(small(), 5), tmp_path / "weights.bin")
