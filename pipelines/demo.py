@@ -124,7 +124,7 @@ def _summary(outcomes: Mapping[str, Outcome], folder: Path | None, stand_in: boo
             name, how_it_came(outcome), f"{rate:,.0f}" if rate else "", f"{outcome.seconds:.1f}", _short(outcome)
         )
     say("")
-    console().print(table)
+    console().print(table, width=None if console().is_terminal else 140)
 
     pretrained, tuned, twin = (_measured(outcomes[name]) for name in ("pretrain", "evaluate", "evaluate_scratch"))
     gain, low, high = difference(tuned, twin)

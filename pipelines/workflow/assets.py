@@ -100,9 +100,11 @@ def _asset(workflow: Workflow, name: str, place: int, hooks: Hooks) -> dagster.A
         check_specs=checks,
     )
     def compute(context: dagster.AssetExecutionContext) -> Iterator[Any]:
+        hooks.errors.pop(name, None)  # Of the try before this one.
+        if hooks.errors:  # Dagster would go on with what does not depend on it; an interrupt means all.
+            raise dagster.Failure(f"not run: step {next(iter(hooks.errors))} ended the workflow", allow_retries=False)
         hooks.prepare()
         uris = {source: _uri(context, workflow, source, hooks) for source in step.inputs.values()}
-        hooks.errors.pop(name, None)
         try:
             with _interrupts():
                 outcome = run_step(workflow, name, uris)
