@@ -2,9 +2,10 @@
 
     python benchmarks/model_step.py [--quick] [--device cpu|cuda] [--compile] [--dtype float32|bfloat16]
 
-Same machine, process, weights count, batch, dtype, memory format, attention kernel (SDPA) and exact GELU; eager stands against
-eager, compiled against compiled. Every model returns logits; ours is called with tokens=False, its call for logits alone. The
-last line printed is one JSON object: the lowest ratio over the models (above 1: we are faster), and how many peers import.
+Same machine, process, batch, dtype, memory format, attention kernel (SDPA) and exact GELU; eager stands against
+eager, compiled against compiled. Every model returns logits; ours is called with tokens=False, its call for logits
+alone. The last line printed is one JSON object: the lowest ratio over the models (above 1: we are faster), and how many
+peers import.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import time
 import types
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -104,9 +106,9 @@ def measure(
             model, forward = contestants[name]
             model.eval()
             with torch.inference_mode():
-                forward_time = timed(lambda f=forward: f(x), x.device)
+                forward_time = timed(partial(forward, x), x.device)
             model.train()
-            train_time = timed(lambda f=forward: F.cross_entropy(f(x).float(), y).backward(), x.device)
+            train_time = timed(partial(train_step, forward, x, y), x.device)
             model.zero_grad(set_to_none=True)
             if i:
                 times["forward"][name].append(forward_time)
@@ -114,6 +116,10 @@ def measure(
         if i >= 3 and time.perf_counter() - start > seconds:
             break
     return times
+
+
+def train_step(forward: Forward, x: Tensor, y: Tensor) -> None:
+    torch.autograd.backward(F.cross_entropy(forward(x).float(), y))
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:
@@ -132,13 +138,9 @@ def synchronize(device: torch.device) -> None:
 def peak_memory(forward: Forward, model: nn.Module, x: Tensor, y: Tensor) -> int:
     """CUDA: the peak of a training step; CPU: what it keeps for the backward pass."""
     model.train()
-
-    def step() -> None:
-        F.cross_entropy(forward(x).float(), y).backward()
-
     if x.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        step()
+        train_step(forward, x, y)
         model.zero_grad(set_to_none=True)
         return torch.cuda.max_memory_allocated()
     kept = saved_bytes(lambda: forward(x), model)
@@ -184,7 +186,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="ends within 60 s")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument(
-        "--dtype", default=None, choices=["float32", "bfloat16"], help="default: float32 on cpu, bfloat16 on cuda"
+        "--dtype", default=None, choices=["float32", "bfloat16"], help="default: float32, on cuda bfloat16"
     )
     parser.add_argument("--batch", type=int, default=None, help="images per step; default 8 on cpu, 128 on cuda")
     parser.add_argument("--rounds", type=int, default=15, help="at most; every round runs all contestants")
@@ -201,8 +203,11 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     peers = import_peers()
-    print(f"torch {torch.__version__}, {args.device}, {args.dtype}, batch {args.batch}, {torch.get_num_threads()} threads,"
-          f" {'compiled' if args.compile else 'eager'}, contiguous NCHW, SDPA, exact GELU; peers: {describe(peers)}")  # fmt: skip
+    how = "compiled" if args.compile else "eager"
+    print(
+        f"torch {torch.__version__}, {args.device}, {args.dtype}, batch {args.batch}, {torch.get_num_threads()} threads"
+    )
+    print(f"{how}, contiguous NCHW, SDPA, exact GELU; peers: {describe(peers)}")
     results = {}
     for name in args.models:
         results[name] = run_model(name, args, peers)

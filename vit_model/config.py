@@ -178,7 +178,8 @@ def config_from_dict(values: Mapping[str, Any]) -> ModelConfig:
     if unknown := sorted(set(values) - known):
         raise ValueError(f"unknown fields {unknown} in a config of kind {kind!r}; known: {sorted(known)}")
     # JSON has lists only; a frozen, hashable config holds tuples.
-    return kinds[kind](**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    plain: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return kinds[kind](**plain)
 
 
 def check_positive(config: ModelConfig, *names: str) -> None:

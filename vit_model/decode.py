@@ -96,7 +96,7 @@ def decode_pixels(data: bytes, channels: int, max_pixels: int) -> NDArray[np.uin
                 data, colorspace="RGB" if mode == "RGB" or channels == 3 else "GRAY", strict=True
             )
             if pixels.shape[2] > channels:  # not the luma plane of the file, which differs where colours were clipped
-                pixels = np.asarray(Image.fromarray(pixels).convert("L"))
+                pixels = np.array(Image.fromarray(pixels).convert("L"))
         else:
             pixels = np.array(flatten_modes(image, channels))
     except Image.DecompressionBombError as error:

@@ -20,7 +20,7 @@ def patch_filters(model: ViT, count: int = 28) -> Float[Tensor, "K C P P"]:
     components = components[:count]
     low, high = components.amin(dim=1, keepdim=True), components.amax(dim=1, keepdim=True)
     scaled = (components - low) / (high - low).clamp_min(torch.finfo(torch.float32).tiny)
-    return scaled.view(-1, *kernel.shape[1:])
+    return torch.reshape(scaled, (-1, *kernel.shape[1:]))
 
 
 @torch.no_grad()
@@ -96,6 +96,7 @@ def attention_entropy(attention: Sequence[Float[Tensor, "B A N N"]]) -> Float[Te
     return torch.stack([torch.special.entr(p.float()).sum(dim=-1).mean(dim=(0, 2)) for p in attention])
 
 
+@torch.no_grad()
 def linear_cka(x: Float[Tensor, "S D"], y: Float[Tensor, "S E"]) -> float:
     """Similarity of two representations of the same samples (arXiv 1905.00414); 1 if equal up to rotation, scale."""
     x, y = x.double() - x.double().mean(dim=0), y.double() - y.double().mean(dim=0)
@@ -127,4 +128,4 @@ def token_components(
     values = flat @ components[:count].T
     low, high = values.amin(dim=0), values.amax(dim=0)
     scaled = (values - low) / (high - low).clamp_min(torch.finfo(torch.float32).tiny)
-    return scaled.view(tokens.shape[0], *grid, count)
+    return torch.reshape(scaled, (tokens.shape[0], *grid, count))

@@ -68,7 +68,7 @@ def resize_matrix(old: Grid, new: Grid) -> Float[Tensor, "M N"]:
     """The linear map from a flattened patch of one size to the same patch resized (bilinear, antialiased)."""
     basis = torch.eye(old[0] * old[1], dtype=torch.float64).view(-1, 1, *old)
     basis = F.interpolate(basis, size=new, mode="bilinear", align_corners=False, antialias=True).flatten(1)
-    return basis.T
+    return torch.transpose(basis, 0, 1)
 
 
 def resize_patch_kernel(kernel: Float[Tensor, "D C p q"], new: Grid) -> Float[Tensor, "D C P Q"]:
@@ -76,6 +76,6 @@ def resize_patch_kernel(kernel: Float[Tensor, "D C p q"], new: Grid) -> Float[Te
     old = (kernel.shape[2], kernel.shape[3])
     if old == new:
         return kernel
-    inverse: Tensor = torch.linalg.pinv(resize_matrix(old, new).T)  # (M, N): w' = pinv(B^T) w
-    resized: Tensor = kernel.double().flatten(2) @ inverse.T.to(kernel.device)
-    return resized.view(*kernel.shape[:2], *new).to(kernel.dtype)
+    inverse = torch.linalg.pinv(resize_matrix(old, new).T)  # (M, N): w' = pinv(B^T) w
+    resized = kernel.double().flatten(2) @ inverse.T.to(kernel.device)
+    return torch.reshape(resized, (*kernel.shape[:2], *new)).to(kernel.dtype)
