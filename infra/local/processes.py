@@ -42,9 +42,12 @@ def start_time(pid: int) -> str | None:
         try:
             # psutil's create_time moves with the wall clock; the kernel's ticks since boot do not.
             state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            # The first thread of a killed process is a zombie while others still hold its sockets.
+            if state in "ZX" and len(list(Path(f"/proc/{pid}/task").iterdir())) <= 1:
+                return None
         except (FileNotFoundError, ProcessLookupError):
             return None
-        return None if state in "ZX" else f"{_boot()}-{rest[18]}"
+        return f"{_boot()}-{rest[18]}"
     import psutil
 
     try:

@@ -191,7 +191,7 @@ def _settle_ports(record: Record, names: Iterable[str], say: Say) -> tuple[Recor
         if part.name not in names:
             continue
         former = record.parts.get(part.name, PartRecord({})).ports
-        kept = {name: former[name] for name in part.ports if name in former and ports.is_free(former[name])}
+        kept = {name: former[name] for name in part.ports if name in former and ports.soon_free(former[name])}
         for name in former.keys() - kept.keys():
             other = ports.holder(former[name])
             say(f"port {former[name]} of the {part.title} was taken by {other}; it gets another one")

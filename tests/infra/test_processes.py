@@ -52,6 +52,29 @@ def test_a_zombie_is_dead(tmp_path: Path) -> None:
     program.wait()
 
 
+THREADS = """
+import ctypes, threading, time
+threading.Thread(target=time.sleep, args=(600,)).start()
+time.sleep(0.3)
+ctypes.CDLL(None).pthread_exit(None)  # The first thread ends, the other goes on.
+"""
+
+
+def test_a_zombie_with_a_living_thread_is_not_dead_yet() -> None:
+    program = subprocess.Popen([sys.executable, "-c", THREADS], stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 10
+        while "Z" not in Path(f"/proc/{program.pid}/stat").read_text().rpartition(")")[2]:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process = identify(program.pid)
+        assert process is not None and process.is_alive()
+    finally:
+        program.kill()
+        program.wait()
+    assert not process.is_alive()
+
+
 def test_a_detached_process_is_no_child_and_leads_no_session(tmp_path: Path) -> None:
     process, session = launched(tmp_path, "m1:x")
     try:
