@@ -21,7 +21,7 @@ from pipelines.training.config import CheckpointConfig
 from pipelines.training.loop import Hooks, LoopConfig, train
 from pipelines.training.names import FAULT, OUTCOME, SAMPLES, STARTS, WEIGHTS, TrainingError
 from pipelines.training.parallel import Ranks
-from pipelines.training.reporter import Log, Reporter
+from pipelines.training.reporter import OpenLog, Reporter
 from pipelines.training.state import TrainState
 from pipelines.training.step import Prepare
 from pipelines.training.validation import Measured, validate
@@ -58,7 +58,7 @@ class Session:
         training: Callable[[int, int], Batches],
         validation: Callable[[], Batches] | None,
         test: Callable[[], Batches] | None,
-        make_log: Callable[[], Log],
+        open_log: OpenLog,
         export: Callable[[Path], None],
     ) -> None:
         """`training(start_step, lanes)`, `validation()`, `test()` open this rank's batches; `export` writes weights."""
@@ -67,7 +67,7 @@ class Session:
         self._validation, self._test = validation, test
         self._checkpoints = Checkpoints(config.attempt, config.checkpoint.keep, config.first_attempt)
         self._saver = AsyncSaver(self._checkpoints, self._committed)
-        self._reporter = Reporter(config.attempt.uri, make_log) if ranks.rank == 0 else None
+        self._reporter = Reporter(config.attempt.uri, open_log) if ranks.rank == 0 else None
         self._order = dict(config.order)
         self._measured: Measured | None = None  # The last: the test split's, where there is one.
         self._measured_images: dict[str, int] = {}
@@ -87,6 +87,8 @@ class Session:
             self._write_outcome(error=str(error))
         except Exception as error:
             self._write_fault(error)
+            with contextlib.suppress(Exception):  # The upload under way saves the next start some steps.
+                self._saver.wait()
             raise
         finally:
             if self._reporter is not None:
@@ -183,6 +185,7 @@ class Session:
             self._measure("test", self._test, step, last)
 
     def _measure(self, name: str, held_out: Callable[[], Batches], step: int, last: bool) -> None:
+        started = time.perf_counter()
         with held_out() as batches:
             self._measured = validate(
                 self.state.model,
@@ -194,6 +197,7 @@ class Session:
                 keep_samples=last and self.ranks.rank == 0,
             )
         metrics = self._measured.metrics(name)
+        metrics[f"time/{name}"] = time.perf_counter() - started
         self._latest.update(metrics)
         self._measured_images[name] = self._measured.images
         if self._reporter is not None:

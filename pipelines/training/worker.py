@@ -10,6 +10,7 @@ import socket
 import tempfile
 import threading
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -173,7 +174,7 @@ def build_session(job: TrainJob, ranks: Any) -> Session:
         training=training,
         validation=partial(held_out, job.validation.split) if job.validation.split is not None else None,
         test=partial(held_out, job.validation.test_split) if job.validation.test_split is not None else None,
-        make_log=lambda: make_log(job),
+        open_log=lambda: open_log(job),
         export=export,
     )
 
@@ -201,10 +202,12 @@ def _regularisation(model: ModelConfig) -> dict[str, Any]:
     return {name: getattr(model, name) for name in ("dropout", "patch_dropout") if hasattr(model, name)}
 
 
-def make_log(job: TrainJob) -> Log:
+@contextlib.contextmanager
+def open_log(job: TrainJob) -> Iterator[Log]:
     """Points of the curves straight to MLflow; what an earlier try has logged is not logged again."""
     if job.run_id is None:
-        return lambda values, step: None
+        yield lambda values, step: None
+        return
     from pipelines.tracking.run import Run
 
     run = Run.attach(job.run_id, job.attempt)
@@ -217,7 +220,10 @@ def make_log(job: TrainJob) -> Log:
         if fresh:
             run.log_metrics(fresh, step)
 
-    return write
+    try:
+        yield write
+    finally:
+        run.close()
 
 
 # The driver ---------------------------------------------------------------------------------------------------------

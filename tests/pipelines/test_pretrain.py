@@ -103,7 +103,7 @@ def sha256(uri: str) -> str:
     return hashlib.sha256(store.read(uri)).hexdigest()
 
 
-def wait_for(what: Callable[[], Any], seconds: float = 120.0) -> Any:
+def wait_for(what: Callable[[], Any], seconds: float = 240.0) -> Any:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if found := what():
@@ -175,7 +175,7 @@ def test_ctrl_c_then_kill_9_then_the_same_command_finishes(stack: Any, colours: 
     first = start()
     wait_for(lambda: progress(place, 1).get("step", 0) >= 60)
     first.send_signal(signal.SIGINT)
-    output = first.communicate(timeout=120)[0]
+    output = first.communicate(timeout=200)[0]
     assert first.returncode == 130, output
     assert "the same command resumes at step" in output
 

@@ -38,8 +38,13 @@ def assert_equals(model, name, case, size, tolerance):
         assert (list(found) if isinstance(found, tuple) else found) == value
 
 
-@pytest.mark.parametrize("name", GOOGLE["cases"])
-@pytest.mark.parametrize("prefix", ["", "params/", "opt/target/"])
+@pytest.mark.parametrize(
+    ("name", "prefix"),
+    [
+        *((name, "") for name in GOOGLE["cases"]),
+        *(("big_vision map", p) for p in ("params/", "params/img/", "opt/target/")),
+    ],
+)
 def test_google_weights_give_the_logits_of_googles_code(name, prefix, tmp_path):
     case = GOOGLE["cases"][name]
     np.savez(tmp_path / "weights.npz", **{prefix + key: array for key, array in arrays_of(name, case).items()})

@@ -38,7 +38,7 @@ def test_the_same_grid_is_the_identity(method):
     assert resize_position(table, (4, 4), (4, 4), 1, method) is table
 
 
-def test_half_precision_is_resized_in_single_precision():
+def test_half_precision_is_rounded_once_after_resizing():
     table = torch.randn(1, 16, 6)
     half = resize_position(table.bfloat16(), (4, 4), (7, 7), 0)
     assert half.dtype == torch.bfloat16

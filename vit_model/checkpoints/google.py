@@ -146,7 +146,11 @@ def read_google(path: Path, hints: Mapping[str, Any]) -> Loaded:
 
 
 def read_arrays(arrays: Mapping[str, Tensor], hints: Mapping[str, Any]) -> Loaded:
+    is_big_vision_bit = any(name.endswith("root_block/conv_root/kernel") for name in arrays)
     arrays = plain_names(arrays)
+    if is_big_vision_bit:
+        arrays = {legacy_bit_name(name): array for name, array in arrays.items()}
+        hints = {"root_pool": "infinity", **hints}
     if any(name.startswith("resnet/") for name in arrays):
         tensors, unused = read_table(BIT, arrays)
         config, num_classes = resnet_clues(tensors, {**BIT_DEFAULTS, **hints})
@@ -164,8 +168,11 @@ def read_arrays(arrays: Mapping[str, Tensor], hints: Mapping[str, Any]) -> Loade
 def load_npz(path: Path) -> dict[str, Tensor]:
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: to_tensor(file[name]) for name in file.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+            arrays = {name: file[name] for name in file.files}
+            if others := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+                raise ValueError(f"{others[0]} is not an array")
+            return {name: to_tensor(array) for name, array in arrays.items()}
+    except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path}: not a plain .npz of arrays ({error})") from error
 
 
@@ -192,6 +199,20 @@ def plain_names(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
             name = match[0] + rest
         plain[name] = array
     return plain
+
+
+def legacy_bit_name(name: str) -> str:
+    """big_vision's names of a BiT ResNet as those of the files that BiT released."""
+    name = name.replace("root_block/conv_root/", "resnet/root_block/standardized_conv2d/")
+    name = name.replace("norm-pre-head/", "resnet/group_norm/")
+    name = re.sub(r"^head/", "resnet/head/conv2d/", name)
+    name = re.sub(r"^(block\d+/unit\d+)/conv_proj/", r"resnet/\1/a/proj/standardized_conv2d/", name)
+    if match := re.match(r"(block\d+/unit\d+)/(conv|gn)([123])/", name):
+        part = "standardized_conv2d" if match[2] == "conv" else "group_norm"
+        name = f"resnet/{match[1]}/{'abc'[int(match[3]) - 1]}/{part}/{name[match.end() :]}"
+    if "group_norm/" in name:
+        name = name.replace("/scale", "/gamma").replace("/bias", "/beta")
+    return name
 
 
 def write_google(tensors: Mapping[str, Tensor], model: Model) -> dict[str, Tensor]:

@@ -32,7 +32,9 @@ FUSED = Kind(torch.cat, lambda x, _heads, n: list(x.chunk(n)))  # q, k and v one
 VECTOR = Kind(lambda parts: parts[0].reshape(-1), lambda x, _heads, _n: [x])  # old Flax GroupNorm: (1, 1, 1, C)
 CONV = Kind(lambda parts: parts[0].permute(3, 2, 0, 1), lambda x, _heads, _n: [x.permute(2, 3, 1, 0)])  # HWIO
 DENSE = Kind(lambda parts: parts[0].T, lambda x, _heads, _n: [x.T])  # IO
-CONV_DENSE = Kind(lambda parts: parts[0].flatten(0, 2).T, lambda x, _heads, _n: [x.T[None, None]])  # (1, 1, I, O)
+CONV_DENSE = Kind(
+    lambda parts: parts[0].reshape(-1, parts[0].shape[-1]).T, lambda x, _heads, _n: [x.T[None, None]]
+)  # (1, 1, I, O)
 DENSE_CONV = Kind(lambda parts: parts[0].flatten(1), lambda x, _heads, _n: [x[:, :, None, None]])  # (O, I, 1, 1)
 HEADS_KERNEL = Kind(  # (D, heads, D/heads) each
     lambda parts: torch.cat([part.flatten(1).T for part in parts]),

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from pipelines import store
 from pipelines.corpus.manifest import Corpus
 from pipelines.reader import executions
 from pipelines.reader.executions import StarvedError, rows_of_table, table_of_rows
@@ -88,6 +89,15 @@ def test_ray_gives_the_batches_of_the_threads(corpus: Corpus, cluster: None, mon
     for rank in range(2):
         ours = {"rank": rank, "world_size": 2, "start_step": 33}
         assert trace(corpus, RAY, **ours) == trace(corpus, LOCAL, **ours)
+
+
+@pytest.mark.stack
+def test_object_storage_gives_the_batches_of_a_folder(make_corpus: Callable[..., Corpus], cluster: None) -> None:
+    files = [picture(i) for i in range(60)]
+    folder = make_corpus(files)
+    bucket = make_corpus(files, destination=store.join(store.root(), "corpora", "reader-test"))
+    assert bucket.digest == folder.digest
+    assert trace(folder, LOCAL) == trace(bucket, LOCAL) == trace(bucket, RAY)
 
 
 @pytest.mark.stack
