@@ -70,14 +70,26 @@ def _corpus_argument(words: list[str]) -> Path | None:
     folder = Path(words[1]).expanduser().resolve()
     if not folder.is_dir():
         raise RecipeError(f"--corpus {words[1]}: no such folder; give one whose sub-folders are the classes")
-    inner = folder / "train" if (folder / "train").is_dir() else folder
-    classes = [child for child in inner.iterdir() if child.is_dir() and _has_image(child)]
-    if len(classes) < 2:
+    if len(_classes(folder)) < 2:
         raise RecipeError(
-            f"--corpus {folder}: {len(classes)} sub-folders with images; a classifier needs two classes or more, "
+            f"--corpus {folder}: {len(_classes(folder))} sub-folders with images; a classifier needs two classes or more, "
             "as FOLDER/CLASS/FILE or FOLDER/{train,test}/CLASS/FILE"
         )
     return folder
+
+
+def _classes(folder: Path) -> list[str]:
+    inner = folder / "train" if (folder / "train").is_dir() else folder
+    return [child.name for child in inner.iterdir() if child.is_dir() and _has_image(child)]
+
+
+def _missing_splits(folder: Path) -> dict[str, float] | None:
+    """Fractions of the training images for the splits that the folder does not have itself."""
+    given = {name for name in ("train", "val", "test") if (folder / name).is_dir()}
+    if "train" not in given:
+        given = set()
+    missing = {name: part for name, part in (("val", 0.08), ("test", 0.22)) if name not in given}
+    return {"train": 1 - sum(missing.values()), **missing} if missing else None
 
 
 def _has_image(folder: Path) -> bool:
@@ -100,11 +112,11 @@ def sample_values(folder: Path | None) -> tuple[Values, str, bool]:
     }
     if folder is not None:
         name = re.sub(r"[^a-z0-9]+", "-", folder.name.lower()).strip("-") or "own"
-        values["shard_digits"]["destination"] = name
-        if (folder / "train").is_dir():
-            values["shard_digits"]["splits"] = None  # The folder has its own.
+        values["shard_digits"] |= {"destination": name, "splits": _missing_splits(folder)}
         values["finetune"] = {"register_as": name}
         values["scratch"] = {"register_as": f"{name}-scratch"}
+        # How hard the task is nobody knows: the first champion need only beat guessing.
+        values["promote"] = {"minimum": 1 / len(_classes(folder))}
     return values, told, fashion.name != "fashion-mnist"
 
 
@@ -113,6 +125,7 @@ def _downstream(folder: Path | None) -> str:
 
 
 def _summary(outcomes: Mapping[str, Outcome], folder: Path | None, stand_in: bool, seconds: float) -> int:
+    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
@@ -124,7 +137,8 @@ def _summary(outcomes: Mapping[str, Outcome], folder: Path | None, stand_in: boo
             name, how_it_came(outcome), f"{rate:,.0f}" if rate else "", f"{outcome.seconds:.1f}", _short(outcome)
         )
     say("")
-    console().print(table, width=None if console().is_terminal else 140)
+    terminal = console()
+    (terminal if terminal.is_terminal else Console(file=terminal.file, width=140)).print(table)
 
     pretrained, tuned, twin = (_measured(outcomes[name]) for name in ("pretrain", "evaluate", "evaluate_scratch"))
     gain, low, high = difference(tuned, twin)
