@@ -70,9 +70,9 @@ def _corpus_argument(words: list[str]) -> Path | None:
     folder = Path(words[1]).expanduser().resolve()
     if not folder.is_dir():
         raise RecipeError(f"--corpus {words[1]}: no such folder; give one whose sub-folders are the classes")
-    if len(_classes(folder)) < 2:
+    if (number := len(_classes(folder))) < 2:
         raise RecipeError(
-            f"--corpus {folder}: {len(_classes(folder))} sub-folders with images; a classifier needs two classes or more, "
+            f"--corpus {folder}: {number} sub-folders with images; a classifier needs two classes or more, "
             "as FOLDER/CLASS/FILE or FOLDER/{train,test}/CLASS/FILE"
         )
     return folder
