@@ -219,7 +219,9 @@ INFRA = {
     "env": 'the endpoints as shell exports: eval "$(vit env)"',
 }
 VERBS: dict[str, Verb] = {
-    "demo": Verb("[--corpus DIR] [--plain]", "the whole flow on real images, from raw files to a champion", _demo),
+    "demo": Verb(
+        "[--corpus DIR] [--seed N] [--plain]", "the whole flow on real images, from raw files to a champion", _demo
+    ),
     **{verb: Verb("[--help]", text, _infra(verb)) for verb, text in INFRA.items()},
     **{stage: Verb("RECIPE [--dotted.flag VALUE ...]", text, _stage(stage)) for stage, text in STAGES.items()},
     "run": Verb(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -46,11 +47,14 @@ def main(
     recompute: bool = False,
     prepare: Callable[[], None] = lambda: None,
 ) -> int:
-    """`[--corpus DIR]`. `run` runs a workflow, `prepare` starts the stack."""
+    """`[--corpus DIR] [--seed N]`. `run` runs a workflow, `prepare` starts the stack."""
     started = time.monotonic()
-    folder = _corpus_argument(list(arguments))
+    folder, seed = _parse(arguments)
     prepare()
     values, upstream, stand_in = sample_values(folder)
+    if seed:
+        for step in ("pretrain", "finetune", "scratch"):
+            values.setdefault(step, {})["seed"] = seed
     workflow = load_workflow("demo", values)
     say(f"upstream    {upstream}")
     say(f"downstream  {_downstream(folder)}")
@@ -59,20 +63,32 @@ def main(
     return _summary(outcomes, folder, stand_in, time.monotonic() - started)
 
 
-def _corpus_argument(words: list[str]) -> Path | None:
-    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    if not words:
+def _parse(arguments: Sequence[str]) -> tuple[Path | None, int]:
+    words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    given: dict[str, str] = {}
+    while words:
+        flag = words.pop(0)
+        if flag not in {"--corpus", "--seed"}:
+            known = ["--corpus", "--seed", "--plain", "--again"]
+            raise RecipeError(f"vit demo takes no {flag!r}{nearest(flag, known)}")
+        if not words or flag in given:
+            raise RecipeError(f"vit demo {flag} takes one value, once")
+        given[flag] = words.pop(0)
+    if not given.get("--seed", "0").isdecimal():
+        raise RecipeError(f"--seed {given['--seed']}: a seed is a whole number from 0")
+    return _folder(given.get("--corpus")), int(given.get("--seed", "0"))
+
+
+def _folder(name: str | None) -> Path | None:
+    if name is None:
         return None
-    if words[0] != "--corpus":
-        raise RecipeError(f"vit demo takes no {words[0]!r}{nearest(words[0], ['--corpus', '--plain', '--again'])}")
-    if len(words) != 2:
-        raise RecipeError("vit demo --corpus DIR: one folder whose sub-folders are the classes")
-    folder = Path(words[1]).expanduser().resolve()
+    folder = Path(name).expanduser().resolve()
     if not folder.is_dir():
-        raise RecipeError(f"--corpus {words[1]}: no such folder; give one whose sub-folders are the classes")
-    if (number := len(_classes(folder))) < 2:
+        raise RecipeError(f"--corpus {name}: no such folder; give one whose sub-folders are the classes")
+    count = len(_classes(folder))
+    if count < 2:
         raise RecipeError(
-            f"--corpus {folder}: {number} sub-folders with images; a classifier needs two classes or more, "
+            f"--corpus {folder}: {count} sub-folders with images; a classifier needs two classes or more, "
             "as FOLDER/CLASS/FILE or FOLDER/{train,test}/CLASS/FILE"
         )
     return folder
@@ -153,6 +169,7 @@ def _summary(outcomes: Mapping[str, Outcome], folder: Path | None, stand_in: boo
     say(
         f"\nwall time {duration(seconds)}; {len(outcomes) - reused} steps ran, {reused} were finished before and reused"
     )
+    _keep(outcomes, seconds, pretrained, tuned, twin)
     model = _model_name(outcomes["finetune"])
     say(f"MLflow    {os.environ.get('MLFLOW_TRACKING_URI', 'MLFLOW_TRACKING_URI is not set')}  (model {model})")
     say("next")
@@ -171,6 +188,26 @@ def _summary(outcomes: Mapping[str, Outcome], folder: Path | None, stand_in: boo
     for line in failed:
         say(f"FAILED  {line}")
     return 1 if failed else 0
+
+
+def _keep(
+    outcomes: Mapping[str, Outcome], seconds: float, pretrained: Measured, tuned: Measured, twin: Measured
+) -> None:
+    """The same figures for programs: demo.json in the state folder; benchmarks/demo.py reads it."""
+    from pipelines.workflow.home import state_folder
+
+    claims = {
+        "upstream_top1": pretrained.top1,
+        "downstream_top1": tuned.top1,
+        "gain_over_scratch": tuned.top1 - twin.top1,
+        "pretrain_images_per_second": _images_per_second(outcomes["pretrain"]) or 0.0,
+    }
+    steps = {
+        name: {"digest": outcome.result.digest, "reused": outcome.result.reused, "seconds": round(outcome.seconds, 2)}
+        for name, outcome in outcomes.items()
+    }
+    text = json.dumps({"seconds": round(seconds, 2), "claims": claims, "steps": steps}, indent=1)
+    (state_folder() / "demo.json").write_text(text)
 
 
 def difference(one: Measured, other: Measured) -> tuple[float, float, float]:

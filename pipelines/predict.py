@@ -216,7 +216,7 @@ def _with_ray(
     import ray
 
     if not ray.is_initialized():
-        ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False)
+        ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, logging_level="WARNING")
     cpus, gpus = (float(ray.cluster_resources().get(name, 0.0)) for name in ("CPU", "GPU"))
     use_gpu = recipe.device != "cpu" and gpus >= 1
     if recipe.device == "cuda" and not use_gpu:

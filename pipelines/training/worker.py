@@ -235,7 +235,7 @@ def connect() -> None:
 
     store.root()  # Puts the endpoints into the environment if needed.
     if not ray.is_initialized():
-        ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False)
+        ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, logging_level="WARNING")
 
 
 def count_workers(workers: WorkerConfig) -> tuple[int, bool]:

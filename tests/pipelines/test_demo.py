@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.cli import main as cli_main
-from pipelines.demo import Measured, _corpus_argument, _missing_splits, difference
+from pipelines.demo import Measured, _missing_splits, _parse, difference
 from pipelines.evaluation.accuracy import wilson
 
 COUNTS = st.tuples(st.integers(0, 400), st.integers(1, 400)).map(lambda pair: (min(pair), max(pair)))
@@ -56,9 +56,9 @@ def test_a_folder_of_class_folders_is_taken_with_or_without_splits(tmp_path: Pat
     for name in ("a/train/cats/1.png", "a/train/dogs/1.JPG", "b/cats/1.png", "b/dogs/deep/1.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
-    assert _corpus_argument(["--corpus", str(tmp_path / "a")]) == tmp_path / "a"
-    assert _corpus_argument([f"--corpus={tmp_path / 'b'}"]) == tmp_path / "b"
-    assert _corpus_argument([]) is None
+    assert _parse(["--corpus", str(tmp_path / "a")]) == (tmp_path / "a", 0)
+    assert _parse([f"--corpus={tmp_path / 'b'}", "--seed", "3"]) == (tmp_path / "b", 3)
+    assert _parse([]) == (None, 0)
 
 
 def test_a_missing_folder_is_named(capsys: pytest.CaptureFixture[str]) -> None:
