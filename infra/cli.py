@@ -36,17 +36,19 @@ def main(verb: str, argv: Sequence[str]) -> int:
 
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     if arguments.state is not None:
-        os.environ["VIT_STATE"] = str(arguments.state.expanduser().absolute())
+        state = State(arguments.state.expanduser().absolute())
+    else:
+        state = State.find() or State.default()
     try:
         match verb:
             case "up":
-                return _up(console, State.find() or State.default())
+                return _up(console, state)
             case "down":
-                return _down(console, State.find() or State.default(), arguments.forget)
+                return _down(console, state, arguments.forget)
             case "status":
-                return _status(console, State.find() or State.default())
+                return _status(console, state)
             case _:
-                return _env(State.find() or State.default())
+                return _env(state)
     except StackError as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"vit {verb}: {error}", markup=False)
         return 1
@@ -109,11 +111,13 @@ def _status(console: Console, state: State) -> int:
     if not lines:
         console.print(f"no embedded stack in {state.folder}; start one with `vit up`", markup=False)
         return 1
-    table = Table("part", "state", "pid", "address", "memory", "log", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for column in ("part", "state", "pid", "address", "memory", "log"):
+        table.add_column(column, no_wrap=column != "state")
     for line in lines:
-        pids = ", ".join(map(str, line.pids))
-        memory = f"{line.memory_bytes / 1e6:.0f} MB"
-        table.add_row(line.title, line.state, pids, line.address, memory, str(line.log))
+        pid = f"{line.pids[0]}{f' +{len(line.pids) - 1}' if len(line.pids) > 1 else ''}" if line.pids else ""
+        memory, log = f"{line.memory_bytes / 1e6:.0f} MB", line.log.relative_to(state.folder)
+        table.add_row(line.title, line.state, pid, line.address, memory, str(log))
     console.print(table)
     console.print(
         f"memory (PSS) {sum(line.memory_bytes for line in lines) / 1e6:.0f} MB, state {state.folder}", markup=False

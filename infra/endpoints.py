@@ -75,10 +75,9 @@ class Endpoints:
         """Put the endpoints into this process' environment; children inherit them."""
         if self.state:
             clean_for_loopback(os.environ)
-            # Ray reads the variable once, when it is imported.
-            if constants := sys.modules.get("ray._private.ray_constants"):
-                constants.ENABLE_RAY_CLUSTER = False  # type: ignore[attr-defined]
         os.environ.update(self.environment())
+        if self.state and "ray" in sys.modules:
+            _tell_imported_ray()
 
 
 def clean_for_loopback(environment: dict[str, str] | os._Environ[str]) -> None:
@@ -88,6 +87,15 @@ def clean_for_loopback(environment: dict[str, str] | os._Environ[str]) -> None:
     for name in ("NO_PROXY", "no_proxy"):
         hosts = [host for host in environment.get(name, "").split(",") if host]
         environment[name] = ",".join(dict.fromkeys([*hosts, "127.0.0.1", "localhost"]))
+
+
+def _tell_imported_ray() -> None:
+    """Ray reads its variables once, when it is imported; a notebook may have done that before it asked for a stage."""
+    from ray._private import ray_constants
+    from ray._raylet import Config  # type: ignore[attr-defined,unused-ignore]
+
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    Config.initialize("")
 
 
 def _from_environment() -> Endpoints:

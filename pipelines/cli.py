@@ -145,10 +145,10 @@ def _stored_recipe(stage: str, arguments: list[str]) -> Any:
 def _run(arguments: list[str], flags: Flags) -> int:
     from pipelines.workflow.report import duration, say_step
     from pipelines.workflow.runner import again
-    from pipelines.workflow.spec import load_workflow
+    from pipelines.workflow.spec import load_workflow, merged
 
     name, values = _workflow_arguments("run", arguments)
-    workflow = load_workflow(name, values)
+    workflow = load_workflow(name, merged(_demo_values(name), values))
     ensure_stack()
     from pipelines.progress import say
 
@@ -180,7 +180,7 @@ def _demo(arguments: list[str], flags: Flags) -> int:
 def _why(arguments: list[str], flags: Flags) -> int:
     from pipelines.why import main as why_main
 
-    return why_main(arguments, ensure_stack)
+    return why_main(arguments, ensure_stack, _demo_values)
 
 
 def _schedule(arguments: list[str], flags: Flags) -> int:
@@ -219,7 +219,9 @@ INFRA = {
     "env": 'the endpoints as shell exports: eval "$(vit env)"',
 }
 VERBS: dict[str, Verb] = {
-    "demo": Verb("[--corpus DIR] [--plain]", "the whole flow on real images, from raw files to a champion", _demo),
+    "demo": Verb(
+        "[--corpus DIR] [--seed N] [--plain]", "the whole flow on real images, from raw files to a champion", _demo
+    ),
     **{verb: Verb("[--help]", text, _infra(verb)) for verb, text in INFRA.items()},
     **{stage: Verb("RECIPE [--dotted.flag VALUE ...]", text, _stage(stage)) for stage, text in STAGES.items()},
     "run": Verb(
@@ -262,10 +264,19 @@ def _workflow_arguments(verb: str, arguments: list[str]) -> tuple[str, dict[str,
     return name, values
 
 
+def _demo_values(name: str) -> dict[str, dict[str, Any]]:
+    """The packaged demo's images lie in the state folder: `vit run demo` and `vit why demo` fill them in, too."""
+    if name.removeprefix("workflows/") != "demo":
+        return {}
+    ensure_stack()  # It says which state folder.
+    from pipelines.demo import sample_values
+
+    return sample_values(None)[0]
+
+
 def ensure_stack() -> None:
     """Starts or heals the embedded stack unless the environment names other endpoints; says what it did."""
     from infra.endpoints import ensure
-
     from pipelines.progress import say
 
     ensure(say=say)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -18,7 +19,7 @@ from pipelines.workflow.runner import Outcome, again
 from pipelines.workflow.spec import load_workflow
 from pipelines.workflow.stages import nearest
 
-__all__ = ["Measured", "difference", "main"]
+__all__ = ["Measured", "difference", "main", "sample_values"]
 
 # Below these the demo fails: something is broken. What it reaches stands in docs/performance.md.
 FLOORS = {"pretrain": 0.80, "evaluate": 0.90}
@@ -46,11 +47,14 @@ def main(
     recompute: bool = False,
     prepare: Callable[[], None] = lambda: None,
 ) -> int:
-    """`[--corpus DIR]`. `run` runs a workflow, `prepare` starts the stack."""
+    """`[--corpus DIR] [--seed N]`. `run` runs a workflow, `prepare` starts the stack."""
     started = time.monotonic()
-    folder = _corpus_argument(list(arguments))
+    folder, seed = _parse(arguments)
     prepare()
-    values, upstream, stand_in = _images(folder)
+    values, upstream, stand_in = sample_values(folder)
+    if seed:
+        for step in ("pretrain", "finetune", "scratch"):
+            values.setdefault(step, {})["seed"] = seed
     workflow = load_workflow("demo", values)
     say(f"upstream    {upstream}")
     say(f"downstream  {_downstream(folder)}")
@@ -59,32 +63,56 @@ def main(
     return _summary(outcomes, folder, stand_in, time.monotonic() - started)
 
 
-def _corpus_argument(words: list[str]) -> Path | None:
-    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    if not words:
+def _parse(arguments: Sequence[str]) -> tuple[Path | None, int]:
+    words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    given: dict[str, str] = {}
+    while words:
+        flag = words.pop(0)
+        if flag not in {"--corpus", "--seed"}:
+            known = ["--corpus", "--seed", "--plain", "--again"]
+            raise RecipeError(f"vit demo takes no {flag!r}{nearest(flag, known)}")
+        if not words or flag in given:
+            raise RecipeError(f"vit demo {flag} takes one value, once")
+        given[flag] = words.pop(0)
+    if not given.get("--seed", "0").isdecimal():
+        raise RecipeError(f"--seed {given['--seed']}: a seed is a whole number from 0")
+    return _folder(given.get("--corpus")), int(given.get("--seed", "0"))
+
+
+def _folder(name: str | None) -> Path | None:
+    if name is None:
         return None
-    if words[0] != "--corpus":
-        raise RecipeError(f"vit demo takes no {words[0]!r}{nearest(words[0], ['--corpus', '--plain', '--again'])}")
-    if len(words) != 2:
-        raise RecipeError("vit demo --corpus DIR: one folder whose sub-folders are the classes")
-    folder = Path(words[1]).expanduser().resolve()
+    folder = Path(name).expanduser().resolve()
     if not folder.is_dir():
-        raise RecipeError(f"--corpus {words[1]}: no such folder; give one whose sub-folders are the classes")
-    inner = folder / "train" if (folder / "train").is_dir() else folder
-    classes = [child for child in inner.iterdir() if child.is_dir() and _has_image(child)]
-    if len(classes) < 2:
+        raise RecipeError(f"--corpus {name}: no such folder; give one whose sub-folders are the classes")
+    count = len(_classes(folder))
+    if count < 2:
         raise RecipeError(
-            f"--corpus {folder}: {len(classes)} sub-folders with images; a classifier needs two classes or more, "
+            f"--corpus {folder}: {count} sub-folders with images; a classifier needs two classes or more, "
             "as FOLDER/CLASS/FILE or FOLDER/{train,test}/CLASS/FILE"
         )
     return folder
+
+
+def _classes(folder: Path) -> list[str]:
+    inner = folder / "train" if (folder / "train").is_dir() else folder
+    return [child.name for child in inner.iterdir() if child.is_dir() and _has_image(child)]
+
+
+def _missing_splits(folder: Path) -> dict[str, float] | None:
+    """Fractions of the training images for the splits that the folder does not have itself."""
+    given = {name for name in ("train", "val", "test") if (folder / name).is_dir()}
+    if "train" not in given:
+        given = set()
+    missing = {name: part for name, part in (("val", 0.08), ("test", 0.22)) if name not in given}
+    return {"train": 1 - sum(missing.values()), **missing} if missing else None
 
 
 def _has_image(folder: Path) -> bool:
     return any(file.suffix.lower() in IMAGE_ENDINGS for file in folder.rglob("*"))
 
 
-def _images(folder: Path | None) -> tuple[Values, str, bool]:
+def sample_values(folder: Path | None) -> tuple[Values, str, bool]:
     """Where the images lie, as values for the steps; a sentence on the upstream ones; whether they are a stand-in."""
     from pipelines.corpus.samples import digits, fashion_mnist
     from pipelines.workflow.home import state_folder
@@ -100,11 +128,11 @@ def _images(folder: Path | None) -> tuple[Values, str, bool]:
     }
     if folder is not None:
         name = re.sub(r"[^a-z0-9]+", "-", folder.name.lower()).strip("-") or "own"
-        values["shard_digits"]["destination"] = name
-        if (folder / "train").is_dir():
-            values["shard_digits"]["splits"] = None  # The folder has its own.
+        values["shard_digits"] |= {"destination": name, "splits": _missing_splits(folder)}
         values["finetune"] = {"register_as": name}
         values["scratch"] = {"register_as": f"{name}-scratch"}
+        # How hard the task is nobody knows: the first champion need only beat guessing.
+        values["promote"] = {"minimum": 1 / len(_classes(folder))}
     return values, told, fashion.name != "fashion-mnist"
 
 
@@ -113,18 +141,20 @@ def _downstream(folder: Path | None) -> str:
 
 
 def _summary(outcomes: Mapping[str, Outcome], folder: Path | None, stand_in: bool, seconds: float) -> int:
+    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
     for column in ("step", "", "images/s", "seconds", "output"):
         table.add_column(column, justify="right" if column in {"images/s", "seconds"} else "left", overflow="fold")
     for name, outcome in outcomes.items():
-        rate = outcome.result.metrics.get("images_per_second")
+        rate = _images_per_second(outcome)
         table.add_row(
             name, how_it_came(outcome), f"{rate:,.0f}" if rate else "", f"{outcome.seconds:.1f}", _short(outcome)
         )
     say("")
-    console().print(table)
+    terminal = console()
+    (terminal if terminal.is_terminal else Console(file=terminal.file, width=140)).print(table)
 
     pretrained, tuned, twin = (_measured(outcomes[name]) for name in ("pretrain", "evaluate", "evaluate_scratch"))
     gain, low, high = difference(tuned, twin)
@@ -139,6 +169,7 @@ def _summary(outcomes: Mapping[str, Outcome], folder: Path | None, stand_in: boo
     say(
         f"\nwall time {duration(seconds)}; {len(outcomes) - reused} steps ran, {reused} were finished before and reused"
     )
+    _keep(outcomes, seconds, pretrained, tuned, twin)
     model = _model_name(outcomes["finetune"])
     say(f"MLflow    {os.environ.get('MLFLOW_TRACKING_URI', 'MLFLOW_TRACKING_URI is not set')}  (model {model})")
     say("next")
@@ -159,6 +190,26 @@ def _summary(outcomes: Mapping[str, Outcome], folder: Path | None, stand_in: boo
     return 1 if failed else 0
 
 
+def _keep(
+    outcomes: Mapping[str, Outcome], seconds: float, pretrained: Measured, tuned: Measured, twin: Measured
+) -> None:
+    """The same figures for programs: demo.json in the state folder; benchmarks/demo.py reads it."""
+    from pipelines.workflow.home import state_folder
+
+    claims = {
+        "upstream_top1": pretrained.top1,
+        "downstream_top1": tuned.top1,
+        "gain_over_scratch": tuned.top1 - twin.top1,
+        "pretrain_images_per_second": _images_per_second(outcomes["pretrain"]) or 0.0,
+    }
+    steps = {
+        name: {"digest": outcome.result.digest, "reused": outcome.result.reused, "seconds": round(outcome.seconds, 2)}
+        for name, outcome in outcomes.items()
+    }
+    text = json.dumps({"seconds": round(seconds, 2), "claims": claims, "steps": steps}, indent=1)
+    (state_folder() / "demo.json").write_text(text)
+
+
 def difference(one: Measured, other: Measured) -> tuple[float, float, float]:
     """one - other with its 95 % interval from the two intervals (Newcombe 1998, method 10)."""
     gain = one.top1 - other.top1
@@ -171,6 +222,16 @@ def _measured(outcome: Outcome) -> Measured:
     metrics = outcome.result.metrics
     top1 = metrics["test/top1"]
     return Measured(top1, metrics["test/top1_low"], metrics["test/top1_high"])
+
+
+def _images_per_second(outcome: Outcome) -> float | None:
+    """As the stage measured it, else over the whole step; a reused step keeps only the former."""
+    result = outcome.result
+    measured = result.metrics.get("images_per_second")
+    images = result.metrics.get("test/num_images") or result.details.get("num_images")
+    if measured is None and images and not result.reused:
+        return float(images) / outcome.seconds
+    return measured
 
 
 def _short(outcome: Outcome) -> str:

@@ -34,10 +34,8 @@ VERSION = 1
 log = logging.getLogger(__name__)
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-PART_ROWS = 100_000  # Decides where parts are cut: change it only with VERSION.
 BLOCK_BYTES = 32 << 20  # Pixels of one Ray block.
 BLOCK_ROWS = 512
-MARKER = "_predict.json"  # Readers of Parquet folders pass over names with an underscore.
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,13 +154,14 @@ def list_corpus(reference: str, split: str) -> Listing:
 
 
 def _work(recipe: PredictRecipe, source: ModelSource, listing: Listing, attempt: Attempt) -> StageResult:
+    from pipelines.evaluation.parts import Parts, check_destination
     from pipelines.tracking.run import track
 
     if recipe.destination is not None:
-        _check_destination(recipe.destination, attempt.digest)
+        check_destination(recipe.destination, attempt.digest)
     with track(attempt, recipe, tags={"vit.model": source.uri, "vit.images": recipe.images}) as run:
         started = time.monotonic()
-        parts = _Parts(attempt, len(listing))
+        parts = Parts(attempt, len(listing))
         begin = parts.num_rows
         if begin:
             say(f"{begin:,} of {len(listing):,} images were predicted by an earlier attempt")
@@ -217,7 +216,7 @@ def _with_ray(
     import ray
 
     if not ray.is_initialized():
-        ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False)
+        ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, logging_level="WARNING")
     cpus, gpus = (float(ray.cluster_resources().get(name, 0.0)) for name in ("CPU", "GPU"))
     use_gpu = recipe.device != "cpu" and gpus >= 1
     if recipe.device == "cuda" and not use_gpu:
@@ -273,6 +272,8 @@ class Model:
         import numpy as np
         import pyarrow as pa
 
+        from pipelines.evaluation.parts import row_schema
+
         spec = self._classifier.spec
         pixels = block["image"].combine_chunks()
         size = pixels.type.byte_width
@@ -283,21 +284,6 @@ class Model:
         return pa.table(
             {"path": block["name"], **columns, "error": [error or None for error in errors]}, schema=row_schema()
         )
-
-
-def row_schema() -> pa.Schema:
-    import pyarrow as pa
-
-    return pa.schema(
-        [
-            ("path", pa.string()),  # Relative to the folder that was given; of a corpus, the source of the sample.
-            ("prediction", pa.string()),
-            ("probability", pa.float32()),
-            ("top_classes", pa.list_(pa.string())),
-            ("top_probabilities", pa.list_(pa.float32())),
-            ("error", pa.string()),
-        ]
-    )
 
 
 def read_block(block: pa.Table, spec: InputSpec) -> pa.Table:
@@ -333,87 +319,3 @@ def _bytes_of(row: dict[str, Any]) -> bytes:
         if f".{extension}" in IMAGES:
             return bytes(data[start : start + length])
     raise ValueError(f"{uri}, byte {row['offset']:,}: {problem or 'the sample has no image'}")
-
-
-# What is written ----------------------------------------------------------------------------------------------------
-
-
-class _Parts:
-    """Parquet parts of PART_ROWS rows; those that an earlier attempt finished are kept."""
-
-    def __init__(self, attempt: Attempt, total: int) -> None:
-        self._attempt, self._total = attempt, total
-        self.folder = store.join(attempt.root, "predictions")
-        self._waiting: list[pa.Table] = []
-        self._num_waiting = 0
-        self.uris: list[str] = []
-        self.num_rows = self.num_unreadable = 0
-        if not identity.AGAIN.get():
-            self._take_up()
-
-    def _take_up(self) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        while self.num_rows < self._total and store.exists(uri := self._uri(len(self.uris))):
-            errors = pq.read_table(pa.BufferReader(store.read(uri)), columns=["error"])["error"]
-            if len(errors) != min(PART_ROWS, self._total - self.num_rows):
-                break  # Not a part of this listing; it is written again.
-            self.uris.append(uri)
-            self.num_rows += len(errors)
-            self.num_unreadable += len(errors) - errors.null_count
-
-    def _uri(self, number: int) -> str:
-        return store.join(self.folder, f"part-{number:05d}.parquet")
-
-    def add(self, table: pa.Table) -> None:
-        self._waiting.append(table)
-        self._num_waiting += len(table)
-        self.num_rows += len(table)
-        self.num_unreadable += len(table) - table["error"].null_count
-        while self._num_waiting >= PART_ROWS:
-            self._write(PART_ROWS)
-
-    def close(self) -> None:
-        if self._num_waiting:
-            self._write(self._num_waiting)
-        if self.num_rows != self._total:
-            raise RuntimeError(f"{self.num_rows:,} rows for {self._total:,} images; Ray Data lost some, run it again")
-
-    def _write(self, rows: int) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        table = pa.concat_tables(self._waiting)
-        part, rest = table.slice(0, rows), table.slice(rows)
-        self._waiting, self._num_waiting = ([rest], len(rest)) if len(rest) else ([], 0)
-        uri = self._uri(len(self.uris))
-        self._attempt.check()
-        with tempfile.TemporaryDirectory(prefix="vit-predict-") as folder:
-            path = Path(folder) / "part.parquet"
-            pq.write_table(part, path, compression="zstd")
-            store.upload(path, uri)
-        self.uris.append(uri)
-
-    def publish(self, destination: str) -> str:
-        """Copy the parts to where the user wants them; the marker says whose they are and whether they are all there."""
-        self._attempt.check()
-        marker = {"digest": self._attempt.digest, "rows": self.num_rows, "parts": len(self.uris)}
-        store.write_json(store.join(destination, MARKER), {**marker, "is_complete": False})
-        for uri in self.uris:
-            store.write(store.join(destination, uri.rsplit("/", 1)[-1]), store.read(uri))
-        store.write_json(store.join(destination, MARKER), {**marker, "is_complete": True})
-        return destination
-
-
-def _check_destination(destination: str, digest: str) -> None:
-    """Predictions of two runs never mix in one folder."""
-    found = [info.uri for info in store.list_objects(destination)]
-    if not found:
-        return
-    marker = store.join(destination, MARKER)
-    if marker not in found or store.read_json(marker)["digest"] != digest:
-        raise ValueError(
-            f"destination {destination} holds {len(found):,} files of something else, such as {found[0]}; "
-            "choose an empty folder or delete them"
-        )

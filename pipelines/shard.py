@@ -172,7 +172,7 @@ def _build(plan: Plan, num_workers: int | None, keep: bool) -> Iterator[tuple[Sh
     import ray
 
     if not ray.is_initialized():
-        ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False)
+        ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, logging_level="WARNING")
     # Our own bar says more, and Ray Data logs the trace of an error that we report ourselves.
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)

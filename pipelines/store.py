@@ -75,9 +75,9 @@ class ObjectInfo:
 def root() -> str:
     """Where corpora and runs live (VIT_ROOT), such as "s3://vit". Puts the endpoints into the environment if needed."""
     if "VIT_ROOT" not in os.environ:
-        from infra import endpoints
+        from infra.endpoints import ensure
 
-        endpoints.ensure()
+        ensure()
     return os.environ["VIT_ROOT"].rstrip("/")
 
 

@@ -13,7 +13,7 @@ from pipelines.config import RecipeError, find_recipe, flatten, load_recipe, par
 from pipelines.identity import canonical, code_fingerprint, runs
 from pipelines.progress import say
 from pipelines.workflow.planning import Plan, plan
-from pipelines.workflow.spec import find_workflow, load_workflow
+from pipelines.workflow.spec import StepValues, find_workflow, load_workflow
 from pipelines.workflow.stages import STAGES, nearest, recipe_class
 
 __all__ = ["differences", "former_runs", "main", "nearest_run", "stage_of"]
@@ -25,8 +25,15 @@ NOT_SET = "(default)"
 FORMER_RUNS = 500  # Compared at most; each is one small object.
 
 
-def main(arguments: Sequence[str], prepare: Callable[[], None] = lambda: None) -> int:
-    """`[STAGE] RECIPE | WORKFLOW [--dotted.flag VALUE ...]`. `prepare` makes the store answer."""
+def main(
+    arguments: Sequence[str],
+    prepare: Callable[[], None] = lambda: None,
+    values_of: Callable[[str], StepValues] = lambda name: {},
+) -> int:
+    """`[STAGE] RECIPE | WORKFLOW [--dotted.flag VALUE ...]`. `prepare` makes the store answer.
+
+    `values_of` gives what a packaged workflow leaves open, by the workflow's name.
+    """
     words = list(arguments)
     if not words or words[0].startswith("-"):
         raise RecipeError("vit why needs a recipe or a workflow; `vit recipes` lists the packaged ones")
@@ -37,7 +44,7 @@ def main(arguments: Sequence[str], prepare: Callable[[], None] = lambda: None) -
     elif _is_workflow(words[0]):
         if words[1:]:
             raise RecipeError(f"vit why WORKFLOW takes no flags, got {' '.join(words[1:])}; name the stage's recipe")
-        workflow = load_workflow(words[0])
+        workflow = load_workflow(words[0], values_of(words[0]))
         prepare()
         for line in why_workflow(workflow):
             say(line)

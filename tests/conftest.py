@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +50,8 @@ def stack_endpoints(_nothing_from_outside: None) -> Iterator[Endpoints]:
     finally:
         os.environ.clear()
         os.environ.update(before)
+        if "ray" in sys.modules:
+            sys.modules["ray"].shutdown()  # A driver that still hangs on when its cluster goes exits, without a word.
         if not kept:
             state = State.find()
             if state is not None:

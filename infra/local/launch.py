@@ -42,7 +42,7 @@ class Watch:
                     f"the {title} did not answer within {self.seconds:.0f} s; run `vit up` again; the end of {log}:\n"
                     + tail(log)
                 )
-            self.cancelled.wait(0.1)
+            self.cancelled.wait(0.2)
 
 
 def detach(command: Sequence[str], environment: Mapping[str, str], folder: Path, log: Path) -> tuple[Process, int]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import random
 import socket
+import time
 from collections.abc import Collection, Iterable
 
 from infra.local.errors import StackError
 
-__all__ = ["choose", "holder", "is_free"]
+__all__ = ["choose", "holder", "is_free", "soon_free"]
 
 # Under the kernel's range for outgoing connections (32768 up), so that none of those takes a kept port, and above the
 # range that Ray gives to its workers (10002 to 19999).
@@ -25,6 +26,14 @@ def is_free(port: int) -> bool:
         except OSError:
             return False
     return True
+
+
+def soon_free(port: int, seconds: float = 1.0) -> bool:
+    """Free now, or in a moment: a connection that is just closing may hold it."""
+    deadline = time.monotonic() + seconds
+    while not (free := is_free(port)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return free
 
 
 def choose(names: Iterable[str], taken: Collection[int]) -> dict[str, int]:

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from infra.endpoints import PART_MARK
@@ -25,7 +25,7 @@ __all__ = ["Process", "identify", "members", "memory_pss", "stop"]
 class Process:
     pid: int
     started: str  # Equal texts: the same process. Survives clock changes; differs after a reboot.
-    name: str = ""
+    name: str = field(default="", compare=False)
 
     def is_alive(self) -> bool:
         return start_time(self.pid) == self.started
@@ -42,9 +42,12 @@ def start_time(pid: int) -> str | None:
         try:
             # psutil's create_time moves with the wall clock; the kernel's ticks since boot do not.
             state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            # The first thread of a killed process is a zombie while others still hold its sockets.
+            if state in "ZX" and len(list(Path(f"/proc/{pid}/task").iterdir())) <= 1:
+                return None
         except (FileNotFoundError, ProcessLookupError):
             return None
-        return None if state in "ZX" else f"{_boot()}-{rest[18]}"
+        return f"{_boot()}-{rest[18]}"
     import psutil
 
     try:
@@ -89,8 +92,11 @@ def _belongs(pid: int, environment: dict[str, str], mark: str, sessions: Collect
 
 
 def _add(found: dict[int, Process], pid: int) -> None:
-    if process := identify(pid):
-        found[pid] = process
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        if process := identify(pid, psutil.Process(pid).name()):
+            found[pid] = process
 
 
 def send(processes: Iterable[Process], number: int) -> None:

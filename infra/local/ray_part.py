@@ -85,6 +85,9 @@ class RayHead:
         alive = lambda: all(process.is_alive() for process in found.values())  # noqa: E731
         launch.watch.until(self.title, log, essentials, alive)
         launch.watch.until(self.title, log, lambda: http_status(jobs, headers) == 200, alive)
+        link = state.logs / "ray"
+        link.unlink(missing_ok=True)
+        link.symlink_to(folder / "session_latest" / "logs")
         return Started(tuple(found.values()), sessions)
 
     def turn(self, process: Process) -> int:

@@ -132,9 +132,7 @@ def _whole(state: State) -> Endpoints | None:
     if state.keys() is None:
         return None
     record = state.record()
-    if record.host != socket.gethostname() or not all(_is_alive(record.parts.get(part.name)) for part in PARTS):
-        return None
-    return state.endpoints(record)
+    return state.endpoints(record) if all(_is_alive(record.parts.get(part.name)) for part in PARTS) else None
 
 
 def _is_alive(record: PartRecord | None) -> bool:
@@ -158,7 +156,9 @@ def _check_disk(folder: Path) -> None:
 def _check_host(state: State, record: Record) -> None:
     """Two stacks on one folder of a shared disk would ruin its databases."""
     here = socket.gethostname()
-    if record.is_up and record.host != here:
+    # A name may change; a start time counts from the boot, so none of another machine's processes seems to live here.
+    known = any(process.is_alive() for part in record.parts.values() for process in part.processes)
+    if record.is_up and record.host != here and not known:
         raise StackError(
             f"the stack in {state.folder} was started on {record.host}, this is {here}; run `vit down` there, or, if "
             "that machine is gone, `vit down --forget` here"
@@ -177,13 +177,8 @@ def _clear(state: State, record: Record, names: Iterable[str]) -> Record:
 
 def _stop(state: State, record: Record, part: Part, seconds: float) -> list[Process]:
     former = record.parts.get(part.name, PartRecord({}))
-    names = {process.pid: process.name for process in former.processes}
-
-    def living() -> list[Process]:
-        found = processes.members(state.mark(part.name), former.processes, former.sessions)
-        return [replace(process, name=names.get(process.pid, "")) for process in found]
-
-    stopped = processes.stop(living, part.turn, seconds)
+    mark = state.mark(part.name)
+    stopped = processes.stop(lambda: processes.members(mark, former.processes, former.sessions), part.turn, seconds)
     part.tidy(former.ports)
     return stopped
 
@@ -196,7 +191,7 @@ def _settle_ports(record: Record, names: Iterable[str], say: Say) -> tuple[Recor
         if part.name not in names:
             continue
         former = record.parts.get(part.name, PartRecord({})).ports
-        kept = {name: former[name] for name in part.ports if name in former and ports.is_free(former[name])}
+        kept = {name: former[name] for name in part.ports if name in former and ports.soon_free(former[name])}
         for name in former.keys() - kept.keys():
             other = ports.holder(former[name])
             say(f"port {former[name]} of the {part.title} was taken by {other}; it gets another one")
@@ -232,6 +227,7 @@ def _start(state: State, record: Record, starting: list[Part]) -> Record:
                     started = future.result()
                 except (StackError, OSError) as error:
                     failed.append(error)
+                    _stop(state, record, running[future], LEFTOVER_SECONDS)
                     continue
                 record = record.with_part(
                     name, PartRecord(record.parts[name].ports, started.processes, started.sessions)

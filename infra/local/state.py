@@ -113,7 +113,8 @@ class State:
                     f"state folder {self.folder} belongs to another user; set VIT_STATE to a folder of yours"
                 )
             names = {path.name for path in self.folder.iterdir()}
-            if "keys.json" not in names and names - {".gitignore", "lock", "logs", self.token_path.name}:
+            early = (".gitignore", "lock", "logs", "ray.token", ".ray.token.", ".keys.json.")  # Of a start under way.
+            if "keys.json" not in names and any(not name.startswith(early) for name in names):
                 raise StackError(f"{self.folder} is not empty and no state folder; set VIT_STATE to a new folder")
             self.folder.chmod(0o700)
             (self.folder / ".gitignore").write_text("*\n")

@@ -8,7 +8,7 @@ bears its lane and position, and the stream checks them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
@@ -26,45 +26,62 @@ from pipelines.reader.fetch import FetchError
 from pipelines.reader.order import OrderError
 from pipelines.reader.rows import PIECE_BYTES, Item, Job, Rows, SampleError, read_item
 
-__all__ = ["StarvedError", "check_cpus", "read_with_ray"]
+__all__ = ["RayRows", "StarvedError", "check_cpus"]
 
 TASKS_PER_EXECUTION = 250
 FEWEST_ROWS = 256  # Of one read task: shorter ones cost more to schedule than to run.
 OPEN_AHEAD = 0.6  # The next execution is opened when this part of the rows has come.
 PREFETCHED_BLOCKS = 4
 
-Execution = Generator[Rows, None, None]
-
 
 class StarvedError(RuntimeError):
     """Ray has no CPU left for reading; Ray Data itself would wait forever with one warning."""
 
 
-def read_with_ray(job: Job, items: Iterator[Item], num_cpus: float, world_size: int = 1) -> Generator[Rows, None, None]:
-    """Rows of each item in the order of the items."""
-    check_cpus(num_cpus, world_size)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # Two lines per execution otherwise.
-    opener = ThreadPoolExecutor(1, thread_name_prefix="reader-open")
-    current = _open(job, items, num_cpus)
-    upcoming: Future[_Opened] | None = None
-    try:
-        while current.num_rows:
+class RayRows:
+    """Rows of each item in the order of the items. Reading begins at once, before the first row is asked for."""
+
+    def __init__(self, job: Job, items: Iterator[Item], num_cpus: float, world_size: int = 1) -> None:
+        check_cpus(num_cpus, world_size)
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # Two lines per execution otherwise.
+        self._opener = ThreadPoolExecutor(1, thread_name_prefix="reader-open")
+        self._work = job, items, num_cpus
+        self._upcoming: Future[_Opened] | None = self._open()
+        self._current: _Opened | None = None
+        self._rows = self._chain()
+
+    def __iter__(self) -> Iterator[Rows]:
+        return self
+
+    def __next__(self) -> Rows:
+        return next(self._rows)
+
+    def _open(self) -> Future[_Opened]:
+        return self._opener.submit(_open, *self._work)
+
+    def _chain(self) -> Iterator[Rows]:
+        while True:
+            if self._upcoming is None:
+                raise OrderError("Ray Data ended before all rows had come; resume from the last checkpoint")
+            self._current, self._upcoming = self._upcoming.result(), None
+            if not self._current.num_rows:
+                return
             seen = 0
-            for rows in current.rows():
+            for rows in self._current.rows():
                 seen += len(rows)
-                if upcoming is None and seen >= OPEN_AHEAD * current.num_rows:
-                    upcoming = opener.submit(_open, job, items, num_cpus)
+                if self._upcoming is None and seen >= OPEN_AHEAD * self._current.num_rows:
+                    self._upcoming = self._open()
                 yield rows
-            if upcoming is None:
-                raise OrderError(
-                    f"Ray Data gave {seen} of {current.num_rows} rows and ended; resume from the checkpoint"
-                )
-            current, upcoming = upcoming.result(), None
-    finally:
-        current.close()
-        if upcoming is not None:
-            upcoming.result().close()
-        opener.shutdown()
+
+    def close(self) -> None:
+        """Stop reading and give the CPUs back."""
+        self._opener.shutdown(wait=True)
+        if self._upcoming is not None and self._upcoming.exception() is None:
+            self._upcoming.result().close()
+        if self._current is not None:
+            self._current.close()
+        self._upcoming = self._current = None
+        self._rows = iter(())
 
 
 class _Opened:

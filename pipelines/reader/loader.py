@@ -5,7 +5,7 @@ Usable in a Ray Train worker, in a plain script, and without Ray (`ReaderConfig(
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -16,8 +16,8 @@ from pipelines.reader import order as law
 from pipelines.reader.augment import AugmentConfig
 from pipelines.reader.fetch import PageSpan
 from pipelines.reader.order import Order, OrderError, PageRows, Window, lanes_of_rank
-from pipelines.reader.rows import Item, Job, Rows
-from pipelines.reader.stream import BatchStream, ReaderStats
+from pipelines.reader.rows import Item, Job
+from pipelines.reader.stream import BatchStream, ReaderStats, RowSource
 
 if TYPE_CHECKING:
     from pipelines.corpus.manifest import Corpus, Pages
@@ -137,14 +137,14 @@ def eval_batches(
     )
 
 
-def _rows(reader: ReaderConfig, job: Job, items: Iterator[Item], world_size: int) -> Generator[Rows, None, None]:
+def _rows(reader: ReaderConfig, job: Job, items: Iterator[Item], world_size: int) -> RowSource:
     if reader.backend == "local":
         from pipelines.reader.threads import read_in_threads
 
         return read_in_threads(job, items, reader.num_threads)
-    from pipelines.reader.executions import read_with_ray
+    from pipelines.reader.executions import RayRows
 
-    return read_with_ray(job, items, reader.num_cpus, world_size)
+    return RayRows(job, items, reader.num_cpus, world_size)
 
 
 class _Pages:

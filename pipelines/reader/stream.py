@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Protocol
 
 import numpy as np
 
@@ -50,12 +51,20 @@ class ReaderStats:
         }
 
 
+class RowSource(Protocol):
+    """What a backend gives: rows in the order of its items, until it is closed."""
+
+    def __next__(self) -> Rows: ...
+
+    def close(self) -> None: ...
+
+
 class BatchStream:
     """Iterator of one rank's batches. Close it, or use it in a `with`, to stop reading early."""
 
     def __init__(
         self,
-        rows: Generator[Rows, None, None],
+        rows: RowSource,
         lanes: Sequence[int],
         shape: tuple[int, int, int],
         *,

@@ -37,11 +37,11 @@ def signature() -> ModelSignature:
         inputs=Schema([ColSpec(DataType.binary, "image")]),
         outputs=Schema(
             [
-                ColSpec(DataType.string, "prediction", required=False),
-                ColSpec(DataType.double, "probability", required=False),
+                ColSpec(DataType.string, "prediction"),
+                ColSpec(DataType.double, "probability"),
                 ColSpec(Array(DataType.string), "top_classes"),
                 ColSpec(Array(DataType.double), "top_probabilities"),
-                ColSpec(DataType.string, "error", required=False),
+                ColSpec(DataType.string, "error"),
             ]
         ),
         params=ParamSchema([ParamSpec("top_k", DataType.long, 5)]),

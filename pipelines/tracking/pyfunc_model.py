@@ -49,14 +49,10 @@ class ImageClassifier(PythonModel):
 
     def _rows(self, files: list[bytes], top_k: int) -> list[dict[str, Any]]:
         names = self.output_spec.class_names
-        # An unreadable image is a row with an error, not an error for the whole request.
-        empty: dict[str, Any] = {
-            "prediction": None,
-            "probability": float("nan"),
-            "top_classes": [],
-            "top_probabilities": [],
-        }
-        rows: list[dict[str, Any]] = [{**empty, "error": None} for _ in files]
+        # An unreadable image is a row with an error, not an error for the whole request. No None and no NaN: MLflow's
+        # server would write NaN, which is no JSON.
+        empty: dict[str, Any] = {"prediction": "", "probability": 0.0, "top_classes": [], "top_probabilities": []}
+        rows: list[dict[str, Any]] = [{**empty, "error": ""} for _ in files]
         images: list[torch.Tensor] = []
         places: list[int] = []
         for place, data in enumerate(files):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from pipelines import store
 from pipelines.training.names import PROGRESS, STOP
 
-__all__ = ["Log", "Reporter"]
+__all__ = ["Log", "OpenLog", "Reporter"]
 
 log = logging.getLogger(__name__)
 
@@ -20,15 +22,17 @@ EVERY_SECONDS = 1.0
 FLUSH_SECONDS = 30.0
 
 Log = Callable[[dict[str, float], int], None]  # values, step
+OpenLog = Callable[[], AbstractContextManager[Log]]
 
 
 class Reporter:
     """`window` from the loop; everything else in the thread. A fault of tracking never ends the training."""
 
-    def __init__(self, attempt_uri: str, log_metrics: Callable[[], Log], every_seconds: float = EVERY_SECONDS) -> None:
-        """`log_metrics` makes the function that logs; it is called in the thread, since it may import much."""
-        self._attempt_uri, self._make_log, self._every = attempt_uri, log_metrics, every_seconds
-        self._points: queue.SimpleQueue[tuple[dict[str, float], int]] = queue.SimpleQueue()
+    def __init__(self, attempt_uri: str, open_log: OpenLog, every_seconds: float = EVERY_SECONDS) -> None:
+        """`open_log` is entered in the thread, since it may import much, and left at the end."""
+        self._attempt_uri, self._open_log, self._every = attempt_uri, open_log, every_seconds
+        self._opened = contextlib.ExitStack()
+        self._points: deque[tuple[dict[str, float], int]] = deque()
         self._progress: dict[str, Any] | None = None
         self._lock = threading.Lock()
         self._closing = threading.Event()
@@ -47,7 +51,7 @@ class Reporter:
         self._stop_wanted = True
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        self._points.put((dict(values), step))
+        self._points.append((dict(values), step))
 
     def progress(self, **fields: Any) -> None:
         """Replace what the driver shows."""
@@ -78,15 +82,15 @@ class Reporter:
         self._send_progress(shown)
         deadline = time.monotonic() + FLUSH_SECONDS
         self._flush()
-        while not self._points.empty() and time.monotonic() < deadline:
+        while self._points and time.monotonic() < deadline:
             time.sleep(1.0)
             self._flush()
-        if not self._points.empty():
-            log.error(
-                "%d points of the curves are lost: tracking did not answer for %.0f s",
-                self._points.qsize(),
-                FLUSH_SECONDS,
-            )
+        if self._points:
+            log.error("%d points of the curves are lost: tracking did not answer", len(self._points))
+        try:
+            self._opened.close()
+        except Exception as error:  # What tracking leaves unsent it stores itself; training is done either way.
+            log.warning("tracking did not close: %s", error)
 
     def _send_progress(self, shown: dict[str, Any] | None) -> dict[str, Any] | None:
         with self._lock:
@@ -100,17 +104,16 @@ class Reporter:
         return progress
 
     def _flush(self) -> None:
-        """Hand every point on. Retries are the log function's own; only making it may fail here, and is tried again."""
-        if self._points.empty():
-            return
-        try:
-            if self._log is None:
-                self._log = self._make_log()
-        except Exception as error:  # Tracking may fail in any way; training goes on.
-            if not self._warned:
-                log.warning("metrics cannot be logged yet, they are kept and tried again: %s", error)
-            self._warned = True
-            return
-        while not self._points.empty():
-            values, step = self._points.get()
-            self._log(values, step)
+        """Hand every point on, in order; one that fails stays first in line and is tried again."""
+        while self._points:
+            try:
+                if self._log is None:
+                    self._log = self._opened.enter_context(self._open_log())
+                self._log(*self._points[0])
+            except Exception as error:  # Tracking may fail in any way; training goes on.
+                if not self._warned:
+                    log.warning("metrics cannot be logged, they are kept and tried again: %s", error)
+                self._warned = True
+                return
+            self._points.popleft()
+            self._warned = False

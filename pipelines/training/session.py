@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +21,7 @@ from pipelines.training.config import CheckpointConfig
 from pipelines.training.loop import Hooks, LoopConfig, train
 from pipelines.training.names import FAULT, OUTCOME, SAMPLES, STARTS, WEIGHTS, TrainingError
 from pipelines.training.parallel import Ranks
-from pipelines.training.reporter import Log, Reporter
+from pipelines.training.reporter import OpenLog, Reporter
 from pipelines.training.state import TrainState
 from pipelines.training.step import Prepare
 from pipelines.training.validation import Measured, validate
@@ -56,7 +58,7 @@ class Session:
         training: Callable[[int, int], Batches],
         validation: Callable[[], Batches] | None,
         test: Callable[[], Batches] | None,
-        make_log: Callable[[], Log],
+        open_log: OpenLog,
         export: Callable[[Path], None],
     ) -> None:
         """`training(start_step, lanes)`, `validation()`, `test()` open this rank's batches; `export` writes weights."""
@@ -65,7 +67,7 @@ class Session:
         self._validation, self._test = validation, test
         self._checkpoints = Checkpoints(config.attempt, config.checkpoint.keep, config.first_attempt)
         self._saver = AsyncSaver(self._checkpoints, self._committed)
-        self._reporter = Reporter(config.attempt.uri, make_log) if ranks.rank == 0 else None
+        self._reporter = Reporter(config.attempt.uri, open_log) if ranks.rank == 0 else None
         self._order = dict(config.order)
         self._measured: Measured | None = None  # The last: the test split's, where there is one.
         self._measured_images: dict[str, int] = {}
@@ -85,6 +87,8 @@ class Session:
             self._write_outcome(error=str(error))
         except Exception as error:
             self._write_fault(error)
+            with contextlib.suppress(Exception):  # The upload under way saves the next start some steps.
+                self._saver.wait()
             raise
         finally:
             if self._reporter is not None:
@@ -160,7 +164,7 @@ class Session:
             self._validate(self.state.step)
             return True
         if self._reporter is not None:
-            self._reporter.progress(step=self.state.step, metrics={})
+            self._reporter.progress(step=self.state.step, metrics={}, pid=os.getpid(), host=socket.gethostname())
         with self._training(self.state.step, self._order["lanes"]) as batches:
             return train(self.state, batches, self.config.loop, self.ranks, self._prepare, hooks)
 
@@ -181,6 +185,7 @@ class Session:
             self._measure("test", self._test, step, last)
 
     def _measure(self, name: str, held_out: Callable[[], Batches], step: int, last: bool) -> None:
+        started = time.perf_counter()
         with held_out() as batches:
             self._measured = validate(
                 self.state.model,
@@ -192,6 +197,7 @@ class Session:
                 keep_samples=last and self.ranks.rank == 0,
             )
         metrics = self._measured.metrics(name)
+        metrics[f"time/{name}"] = time.perf_counter() - started
         self._latest.update(metrics)
         self._measured_images[name] = self._measured.images
         if self._reporter is not None:

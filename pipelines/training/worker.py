@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import socket
 import tempfile
 import threading
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -172,7 +174,7 @@ def build_session(job: TrainJob, ranks: Any) -> Session:
         training=training,
         validation=partial(held_out, job.validation.split) if job.validation.split is not None else None,
         test=partial(held_out, job.validation.test_split) if job.validation.test_split is not None else None,
-        make_log=lambda: make_log(job),
+        open_log=lambda: open_log(job),
         export=export,
     )
 
@@ -200,10 +202,12 @@ def _regularisation(model: ModelConfig) -> dict[str, Any]:
     return {name: getattr(model, name) for name in ("dropout", "patch_dropout") if hasattr(model, name)}
 
 
-def make_log(job: TrainJob) -> Log:
+@contextlib.contextmanager
+def open_log(job: TrainJob) -> Iterator[Log]:
     """Points of the curves straight to MLflow; what an earlier try has logged is not logged again."""
     if job.run_id is None:
-        return lambda values, step: None
+        yield lambda values, step: None
+        return
     from pipelines.tracking.run import Run
 
     run = Run.attach(job.run_id, job.attempt)
@@ -216,7 +220,10 @@ def make_log(job: TrainJob) -> Log:
         if fresh:
             run.log_metrics(fresh, step)
 
-    return write
+    try:
+        yield write
+    finally:
+        run.close()
 
 
 # The driver ---------------------------------------------------------------------------------------------------------
@@ -228,7 +235,7 @@ def connect() -> None:
 
     store.root()  # Puts the endpoints into the environment if needed.
     if not ray.is_initialized():
-        ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False)
+        ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, logging_level="WARNING")
 
 
 def count_workers(workers: WorkerConfig) -> tuple[int, bool]:
@@ -306,15 +313,16 @@ def _torch_config() -> TorchConfig:
         share_cuda_visible_devices = True
 
         def on_start(self, worker_group: Any, backend_config: Any) -> None:
-            folder = tempfile.mkdtemp(prefix="vit-group-")
+            self.folder = tempfile.mkdtemp(prefix="vit-group-")
             size = len(worker_group)
             backend = "nccl" if worker_group.get_resources_per_worker().get("GPU", 0) else "gloo"
-            path = f"{folder}/{uuid.uuid4().hex}"
+            path = f"{self.folder}/{uuid.uuid4().hex}"
             ray.get([worker_group.execute_single_async(rank, _join, backend, rank, size, path) for rank in range(size)])
 
         def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
             with contextlib.suppress(Exception):  # Workers may be gone; their sockets went with them.
                 ray.get(worker_group.execute_async(_leave), timeout=10)
+            shutil.rmtree(getattr(self, "folder", ""), ignore_errors=True)
 
     @dataclass
     class LoopbackTorchConfig(TorchConfig):

@@ -15,7 +15,7 @@ import dagster
 
 from pipelines.workflow.home import IN_PROCESS_FILE, dagster_home
 from pipelines.workflow.runner import Outcome, StepFailed, root_error, run_step
-from pipelines.workflow.spec import Step, Workflow
+from pipelines.workflow.spec import Workflow
 
 __all__ = ["definitions", "gate", "job_name", "run_in_process"]
 
@@ -81,10 +81,11 @@ def gate(outcome: Outcome) -> tuple[bool, str]:
 
 
 def _assets(workflow: Workflow, hooks: Hooks) -> list[dagster.AssetsDefinition]:
-    return [_asset(workflow, name, workflow.steps[name], hooks) for name in workflow.order()]
+    return [_asset(workflow, name, place, hooks) for place, name in enumerate(workflow.order())]
 
 
-def _asset(workflow: Workflow, name: str, step: Step, hooks: Hooks) -> dagster.AssetsDefinition:
+def _asset(workflow: Workflow, name: str, place: int, hooks: Hooks) -> dagster.AssetsDefinition:
+    step = workflow.steps[name]
     key = [workflow.name, name]
     checks = [dagster.AssetCheckSpec("gate", asset=key, description="champion now")] if step.stage == "promote" else []
 
@@ -93,14 +94,17 @@ def _asset(workflow: Workflow, name: str, step: Step, hooks: Hooks) -> dagster.A
         deps=[[workflow.name, source] for source in dict.fromkeys(step.inputs.values())],
         group_name=workflow.name,
         kinds={step.stage},
+        op_tags={"dagster/priority": str(-place)},  # Where the graph leaves a choice: the order of the file.
         description=f"`vit {step.stage} {step.recipe}`",
         retry_policy=dagster.RetryPolicy(max_retries=RETRIES, delay=RETRY_SECONDS),
         check_specs=checks,
     )
     def compute(context: dagster.AssetExecutionContext) -> Iterator[Any]:
+        hooks.errors.pop(name, None)  # Of the try before this one.
+        if hooks.errors:  # Dagster would go on with what does not depend on it; an interrupt means all.
+            raise dagster.Failure(f"not run: step {next(iter(hooks.errors))} ended the workflow", allow_retries=False)
         hooks.prepare()
         uris = {source: _uri(context, workflow, source, hooks) for source in step.inputs.values()}
-        hooks.errors.pop(name, None)
         try:
             with _interrupts():
                 outcome = run_step(workflow, name, uris)

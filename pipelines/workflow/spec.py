@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pipelines.config import RecipeError, Strict, find_recipe, from_dict, load_recipe, packaged_recipes
 from pipelines.workflow.stages import STAGES, nearest, recipe_class
 
-__all__ = ["Schedule", "Step", "Workflow", "find_workflow", "load_workflow", "packaged_workflows"]
+__all__ = ["Schedule", "Step", "Workflow", "find_workflow", "load_workflow", "merged", "packaged_workflows"]
 
 # Limits of the five cron fields: minute, hour, day of month, month, day of week.
 CRON_LIMITS = ((0, 59), (0, 23), (1, 31), (1, 12), (0, 7))
@@ -25,6 +25,7 @@ CRON_WORDS = dict(zip(["sun", "mon", "tue", "wed", "thu", "fri", "sat"], "012345
         ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"], 1
     )
 }
+StepValues = Mapping[str, Mapping[str, Any]]  # {step: {dotted recipe field: value}}
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
@@ -94,17 +95,23 @@ class Workflow(Strict):
         values = {**step.set, **{key: uris[source] for key, source in step.inputs.items()}}
         return load_recipe(recipe_class(step.stage), step.recipe, values)
 
-    def with_values(self, values: Mapping[str, Mapping[str, Any]]) -> Workflow:
+    def with_values(self, values: StepValues) -> Workflow:
         """The same workflow with more `set` entries: {step: {dotted field: value}}."""
         for name in values:
             if name not in self.steps:
                 raise RecipeError(f"workflow {self.name}: no step {name!r}{nearest(name, self.steps)}")
-        steps = {name: replace(step, set={**step.set, **values.get(name, {})}) for name, step in self.steps.items()}
+        joined = merged({name: step.set for name, step in self.steps.items()}, values)
+        steps = {name: replace(step, set=dict(joined[name])) for name, step in self.steps.items()}
         return replace(self, steps=steps)
 
     def without(self, *names: str) -> Workflow:
         """The workflow without some steps; none of the others may take from them."""
         return replace(self, steps={name: step for name, step in self.steps.items() if name not in names})
+
+
+def merged(values: StepValues, over: StepValues) -> dict[str, dict[str, Any]]:
+    """Both, step by step; `over` wins."""
+    return {name: {**values.get(name, {}), **over.get(name, {})} for name in {**values, **over}}
 
 
 def packaged_workflows() -> list[str]:
@@ -124,7 +131,7 @@ def find_workflow(name_or_path: str | Path) -> Path:
     )
 
 
-def load_workflow(name_or_path: str | Path, values: Mapping[str, Mapping[str, Any]] | None = None) -> Workflow:
+def load_workflow(name_or_path: str | Path, values: StepValues | None = None) -> Workflow:
     """Read and check a workflow file, and every recipe it names. Every problem is in the one error.
 
     `values` adds to the steps' `set` entries before the recipes are checked: {step: {dotted field: value}}.

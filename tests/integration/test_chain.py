@@ -2,50 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from pipelines import cli, store
 from pipelines.identity import find_result
-from tests.integration.images import write_digits
-
-if TYPE_CHECKING:
-    from infra.endpoints import Endpoints
+from tests.integration.conftest import run
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
 STEPS = ("shard", "pretrain", "finetune", "evaluate", "promote", "predict")
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_digits(tmp_path_factory.mktemp("raw") / "images")
-
-
-@pytest.fixture(autouse=True)
-def own_root(stack: Endpoints, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A place of its own in the bucket: other tests may run the same tiny recipes."""
-    monkeypatch.setenv("VIT_ROOT", f"{stack.root}/chain")
-    yield
-
-
-def run(images: Path, *flags: str) -> dict[str, Any]:
-    """Run the workflow as `vit run` does; outcomes by step."""
-    from pipelines.workflow.spec import load_workflow
-
-    values = {"shard": {"source": str(images)}, "predict": {"images": str(images / "digit-1")}}
-    return cli.run_workflow(load_workflow("smoke", values), plain="--plain" in flags, observe=lambda outcome: None)
-
-
-@pytest.fixture(scope="module")
-def first(stack_endpoints: Endpoints, images: Path) -> dict[str, Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in stack_endpoints.environment().items():
-            patch.setenv(name, value)
-        patch.setenv("VIT_ROOT", f"{stack_endpoints.root}/chain")
-        return run(images)
 
 
 def test_raw_images_become_a_champion(first: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.cli import main as cli_main
-from pipelines.demo import Measured, _corpus_argument, difference
+from pipelines.demo import Measured, _missing_splits, _parse, difference
 from pipelines.evaluation.accuracy import wilson
 
 COUNTS = st.tuples(st.integers(0, 400), st.integers(1, 400)).map(lambda pair: (min(pair), max(pair)))
@@ -56,11 +56,28 @@ def test_a_folder_of_class_folders_is_taken_with_or_without_splits(tmp_path: Pat
     for name in ("a/train/cats/1.png", "a/train/dogs/1.JPG", "b/cats/1.png", "b/dogs/deep/1.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
-    assert _corpus_argument(["--corpus", str(tmp_path / "a")]) == tmp_path / "a"
-    assert _corpus_argument([f"--corpus={tmp_path / 'b'}"]) == tmp_path / "b"
-    assert _corpus_argument([]) is None
+    assert _parse(["--corpus", str(tmp_path / "a")]) == (tmp_path / "a", 0)
+    assert _parse([f"--corpus={tmp_path / 'b'}", "--seed", "3"]) == (tmp_path / "b", 3)
+    assert _parse([]) == (None, 0)
 
 
 def test_a_missing_folder_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli_main(["demo", "--corpus", "/no/such/folder"]) == 2
     assert "/no/such/folder: no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("folders", "splits"),
+    [
+        ([], {"train": 0.7, "val": 0.08, "test": 0.22}),
+        (["train", "test"], {"train": 0.92, "val": 0.08}),
+        (["train", "val", "test"], None),
+        (["test"], {"train": 0.7, "val": 0.08, "test": 0.22}),  # A class of this name: without train it is no split.
+    ],
+)
+def test_splits_that_the_folder_has_are_kept_and_the_others_are_cut_from_train(
+    folders: list[str], splits: dict[str, float] | None, tmp_path: Path
+) -> None:
+    for name in folders:
+        (tmp_path / name).mkdir()
+    assert _missing_splits(tmp_path) == (pytest.approx(splits) if splits else None)

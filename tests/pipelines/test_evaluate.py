@@ -14,19 +14,19 @@ from pipelines.evaluate import EvaluateRecipe, read_predictions
 from pipelines.evaluation.accuracy import wilson
 from pipelines.tracking.client import TrackingError, connect
 from pipelines.tracking.registry import find_version
+from tests.pipelines.tracking.toys import own_root
 from tests.pipelines.worlds import CLASSES, levels_corpus, register_threshold, threshold_weights
-
-pytestmark = pytest.mark.stack
 
 LEVELS = range(64, 192)  # 64 dark, 64 light
 
 
 @pytest.fixture
 def place(stack: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("VIT_ROOT", str(tmp_path / "root"))
+    own_root(monkeypatch)
     yield tmp_path
 
 
+@pytest.mark.stack
 def test_a_version_is_evaluated_exactly_and_its_page_says_so(place: Path) -> None:
     corpus = levels_corpus("levels", LEVELS)
     version = register_threshold(place, "toy-evaluate", 100.5, corpus)  # wrong on 101 ... 127
@@ -65,6 +65,7 @@ def test_a_version_is_evaluated_exactly_and_its_page_says_so(place: Path) -> Non
     assert pictures == {f"figures/{name}.png" for name in ("confusion_matrix", "reliability", "sample_predictions")}
 
 
+@pytest.mark.stack
 def test_the_same_question_is_answered_once_and_batches_do_not_matter(place: Path) -> None:
     corpus = levels_corpus("levels", LEVELS)
     version = register_threshold(place, "toy-reuse", 120.5, corpus)
@@ -78,6 +79,7 @@ def test_the_same_question_is_answered_once_and_batches_do_not_matter(place: Pat
     assert computed.run_id == first.run_id
 
 
+@pytest.mark.stack
 def test_weights_without_a_version_are_evaluated_too(place: Path) -> None:
     levels_corpus("levels", LEVELS)
     uri = str(threshold_weights(place / "here" / "w.safetensors", 127.5))
@@ -86,6 +88,7 @@ def test_weights_without_a_version_are_evaluated_too(place: Path) -> None:
     assert result.details["model"] == uri
 
 
+@pytest.mark.stack
 def test_classes_go_by_name_and_unknown_ones_by_choice(place: Path) -> None:
     levels_corpus("levels", LEVELS)
     swapped = str(threshold_weights(place / "swapped.safetensors", 127.5, ("light", "dark")))
@@ -98,6 +101,7 @@ def test_classes_go_by_name_and_unknown_ones_by_choice(place: Path) -> None:
     assert evaluate.run(lenient).metrics["test/top1"] == 1.0
 
 
+@pytest.mark.stack
 def test_what_cannot_be_evaluated_is_said_before_anything_starts(place: Path) -> None:
     levels_corpus("levels", LEVELS)
     model = str(threshold_weights(place / "w.safetensors", 127.5))
@@ -113,6 +117,13 @@ def test_what_cannot_be_evaluated_is_said_before_anything_starts(place: Path) ->
         evaluate.run(EvaluateRecipe(model=str(pickled), corpus="levels@current"))
 
 
-@pytest.mark.parametrize("name", ["demo/evaluate", "demo/evaluate_scratch", "smoke/evaluate"])
+@pytest.mark.parametrize("name", ["demo/evaluate", "demo/evaluate_scratch", "smoke/evaluate", "evaluate/held_out"])
 def test_packaged_recipes_load(name: str) -> None:
-    load_recipe(EvaluateRecipe, name, {"model": "models:/x/1", "corpus": "x@current"})
+    load_recipe(EvaluateRecipe, name)
+
+
+def test_the_digest_of_a_recipe_stays_what_it_was() -> None:
+    """Fails when the same recipe would be computed anew: raise VERSION if that is meant, or restore the fields."""
+    recipe = EvaluateRecipe(model="m", corpus="c", split="val", batch_size=7)
+    found = identity.digest_of("evaluate", evaluate.VERSION, recipe, {"model": "a", "corpus": "b"})
+    assert found == "aa0b4c6cd57217239c2fcea5987b148d207104c3677f87ffa7e8e0d77d72a068"

@@ -13,16 +13,18 @@ import pytest
 
 from pipelines import identity, predict, store
 from pipelines.config import RecipeError, from_dict, load_recipe
+from pipelines.evaluation import parts
 from pipelines.identity import StageResult
 from pipelines.predict import PredictRecipe
 from pipelines.tracking.client import TrackingError, connect
 from pipelines.tracking.registry import find_version
+from tests.pipelines.tracking.toys import own_root
 from tests.pipelines.worlds import grey, levels_corpus, register_threshold, threshold_weights
 
 
 @pytest.fixture
 def place(stack: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("VIT_ROOT", str(tmp_path / "root"))
+    own_root(monkeypatch)
     yield tmp_path
 
 
@@ -35,8 +37,8 @@ def folder_of_levels(folder: Path, levels: range) -> Path:
 
 
 def rows_of(result: StageResult) -> list[dict[str, Any]]:
-    parts = [info.uri for info in store.list_objects(result.uri) if info.uri.endswith(".parquet")]
-    tables = [pq.read_table(pa.BufferReader(store.read(uri))) for uri in sorted(parts)]
+    uris = [info.uri for info in store.list_objects(result.uri) if info.uri.endswith(".parquet")]
+    tables = [pq.read_table(pa.BufferReader(store.read(uri))) for uri in sorted(uris)]
     return list(pa.concat_tables(tables).to_pylist())
 
 
@@ -95,7 +97,7 @@ def test_a_corpus_split_is_predicted_from_its_tars(place: Path) -> None:
 
 @pytest.mark.stack
 def test_a_killed_run_goes_on_after_its_last_whole_part(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(predict, "PART_ROWS", 10)
+    monkeypatch.setattr(parts, "PART_ROWS", 10)
     monkeypatch.setattr(predict, "BLOCK_ROWS", 4)
     folder = folder_of_levels(place / "images", range(100, 135))
     model = str(threshold_weights(place / "w.safetensors", 127.5))
@@ -215,6 +217,13 @@ def test_wrong_recipes_are_refused(fields: dict[str, Any], says: str) -> None:
         from_dict(PredictRecipe, {"model": "models:/x@champion", **fields})
 
 
-@pytest.mark.parametrize("name", ["demo/predict", "smoke/predict"])
+@pytest.mark.parametrize("name", ["demo/predict", "smoke/predict", "predict/folder"])
 def test_packaged_recipes_load(name: str) -> None:
     load_recipe(PredictRecipe, name)
+
+
+def test_the_digest_of_a_recipe_stays_what_it_was() -> None:
+    """Fails when the same recipe would be computed anew: raise VERSION if that is meant, or restore the fields."""
+    recipe = PredictRecipe(model="m", images="x", destination="/out", batch_size=7, num_workers=3)
+    found = identity.digest_of("predict", predict.VERSION, recipe, {"model": "a", "images": "b"})
+    assert found == "3ff83506fca5e0759f7282106ceb6e64c75e2c08c9383b101aa689fdfb29aab8"

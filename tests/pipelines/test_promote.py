@@ -21,6 +21,7 @@ from pipelines.identity import StageResult
 from pipelines.promote import PromoteRecipe, decide
 from pipelines.tracking.client import connect
 from pipelines.tracking.registry import VersionInfo, alias_target, find_version
+from tests.pipelines.tracking.toys import own_root
 from tests.pipelines.worlds import levels_corpus, register_threshold, threshold_weights
 
 LEVELS = range(64, 192)
@@ -50,7 +51,7 @@ class World:
 
 @pytest.fixture
 def world(stack: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    monkeypatch.setenv("VIT_ROOT", str(tmp_path / "root"))
+    own_root(monkeypatch)
     corpus = levels_corpus("levels", LEVELS)
     yield World(tmp_path, corpus, f"gate-{abs(hash(tmp_path)) % 10**9}")
 
@@ -253,6 +254,13 @@ def test_wrong_recipes_are_refused(fields: dict[str, Any], says: str) -> None:
         from_dict(PromoteRecipe, {"evaluation": "x", **fields})
 
 
-@pytest.mark.parametrize("name", ["demo/promote", "smoke/promote"])
+@pytest.mark.parametrize("name", ["demo/promote", "smoke/promote", "promote/champion"])
 def test_packaged_recipes_load(name: str) -> None:
-    load_recipe(PromoteRecipe, name, {"evaluation": "x"})
+    load_recipe(PromoteRecipe, name)
+
+
+def test_the_digest_of_a_recipe_stays_what_it_was() -> None:
+    """Fails when the same recipe would be decided anew: raise VERSION if that is meant, or restore the fields."""
+    recipe = PromoteRecipe(evaluation="e", minimum=0.9)
+    found = identity.digest_of("promote", promote.VERSION, recipe, {"evaluation": "a", "incumbent": "none"})
+    assert found == "148628992bb7b69f6c60402214329a2456ac4ee1992a2a19c4fb51b4609f4910"

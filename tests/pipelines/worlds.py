@@ -39,7 +39,7 @@ def levels_corpus(name: str, levels: Iterable[int], classes: tuple[str, ...] = C
 
 
 def threshold_weights(path: Path, threshold: float, classes: tuple[str, ...] = CLASSES) -> Path:
-    """A ViT that says "light" exactly above `threshold`: one channel carries the level, the last norm keeps its sign."""
+    """A ViT that says "light" exactly above `threshold`: one channel carries the level, the norm keeps its sign."""
     config = ViTConfig(
         resolution=16, patch_size=16, width=16, depth=1, mlp_dim=16, num_heads=1, pool="gap", position="none"
     )

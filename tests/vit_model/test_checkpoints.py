@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -381,3 +382,10 @@ def test_numbers_that_are_not_finite_are_not_written(tmp_path):
 def test_the_file_name_must_say_the_format(tmp_path):
     with pytest.raises(ValueError, match=r"does not end in \.safetensors"):
         save_weights(build_model(small(), 5), tmp_path / "weights.bin")
+
+
+def test_equal_weights_are_equal_files(tmp_path: Path) -> None:
+    model = build_model(reduced("Ti/16"), num_classes=3)
+    for number in range(6):
+        save_weights(model, tmp_path / f"{number}.safetensors", output_spec=OutputSpec(class_names=("ä", "b", "c")))
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1

@@ -31,7 +31,24 @@ def write_native(
 ) -> None:
     metadata = describe(config, head, num_classes, input_spec, output_spec)
     plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    replace_atomically(path, lambda partial: save_file(plain, partial, metadata))
+
+    def write(partial: Path) -> None:
+        save_file(plain, partial, metadata)
+        sort_header(partial)
+
+    replace_atomically(path, write)
+
+
+def sort_header(path: Path) -> None:
+    """safetensors writes its metadata in a random order; sorted, equal weights are equal files and have one sha256."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size, "the same JSON cannot take more room than safetensors gave it"
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def replace_atomically(path: Path, write: Callable[[Path], object]) -> None:

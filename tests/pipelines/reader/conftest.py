@@ -56,8 +56,8 @@ def make_corpus(tmp_path: Path) -> Iterator[Callable[..., Corpus]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipelines.corpus.pages.PAGE_SAMPLES", PAGE_SAMPLES)
 
-        def make(files: list[bytes], name: str = "corpus") -> Corpus:
+        def make(files: list[bytes], name: str = "corpus", destination: str | None = None) -> Corpus:
             images = [("train", CLASSES[0], f"{i:03}", data) for i, data in enumerate(files)]
-            return write_corpus(tmp_path / name, images, class_names=CLASSES, shard_samples=20)
+            return write_corpus(destination or tmp_path / name, images, class_names=CLASSES, shard_samples=20)
 
         yield make

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from pipelines import store
 from pipelines.corpus.manifest import Corpus
 from pipelines.reader import executions
 from pipelines.reader.executions import StarvedError, rows_of_table, table_of_rows
@@ -62,12 +64,12 @@ def test_pixels_are_not_copied_into_arrow_and_back() -> None:
     assert np.shares_memory(rows.images, back.images)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def cluster(stack: Any) -> None:
     import ray
 
     if not ray.is_initialized():
-        ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
+        ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR")
 
 
 def trace(corpus: Corpus, reader: ReaderConfig, **changes: Any) -> list[tuple[int | None, list[int], str]]:
@@ -87,6 +89,15 @@ def test_ray_gives_the_batches_of_the_threads(corpus: Corpus, cluster: None, mon
     for rank in range(2):
         ours = {"rank": rank, "world_size": 2, "start_step": 33}
         assert trace(corpus, RAY, **ours) == trace(corpus, LOCAL, **ours)
+
+
+@pytest.mark.stack
+def test_object_storage_gives_the_batches_of_a_folder(make_corpus: Callable[..., Corpus], cluster: None) -> None:
+    files = [picture(i) for i in range(60)]
+    folder = make_corpus(files)
+    bucket = make_corpus(files, destination=store.join(store.root(), "corpora", "reader-test"))
+    assert bucket.digest == folder.digest
+    assert trace(folder, LOCAL) == trace(bucket, LOCAL) == trace(bucket, RAY)
 
 
 @pytest.mark.stack

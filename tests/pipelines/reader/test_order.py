@@ -6,7 +6,7 @@ import resource
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.reader.order import Order, OrderError, choose_lanes, generator, lanes_of_rank
@@ -55,6 +55,7 @@ def test_ranks_share_each_step_whatever_their_number(order: Order, step: int) ->
         assert sorted(np.concatenate(ranks)) == whole
 
 
+@settings(max_examples=40)
 @given(orders(), st.integers(0, 40), st.integers(1, 12))
 def test_a_resume_is_the_tail_of_the_uninterrupted_run(order: Order, start: int, steps: int) -> None:
     b, lanes = order.rows_per_step, range(order.lanes)

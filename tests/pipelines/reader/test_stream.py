@@ -6,7 +6,7 @@ from collections.abc import Generator, Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.reader.order import OrderError
@@ -49,6 +49,7 @@ def sliced(draw: st.DrawFn) -> list[Rows]:
     return pieces
 
 
+@settings(max_examples=50)
 @given(sliced())
 def test_batches_do_not_depend_on_how_rows_are_cut(pieces: list[Rows]) -> None:
     for step, batch in enumerate(batches(pieces)):
@@ -59,6 +60,7 @@ def test_batches_do_not_depend_on_how_rows_are_cut(pieces: list[Rows]) -> None:
     assert step == STEPS - 1
 
 
+@settings(max_examples=50)
 @given(sliced(), st.data())
 def test_a_lost_repeated_or_swapped_piece_is_an_error(pieces: list[Rows], data: st.DataObject) -> None:
     i = data.draw(st.integers(0, len(pieces) - 1))

@@ -14,6 +14,7 @@ class Door:
         self._target = (host, server_port)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
+        self._names = (f"Host: 127.0.0.1:{self.port}".encode(), f"Host: {host}:{server_port}".encode())
         self._open: set[socket.socket] = set()
         self.is_shut = False
         threading.Thread(target=self._accept, daemon=True).start()
@@ -30,12 +31,13 @@ class Door:
             outer = socket.create_connection(self._target)
             self._open |= {inner, outer}
             for source, sink in ((inner, outer), (outer, inner)):
-                threading.Thread(target=self._pump, args=(source, sink), daemon=True).start()
+                threading.Thread(target=self._pump, args=(source, sink, inner), daemon=True).start()
 
-    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+    def _pump(self, source: socket.socket, sink: socket.socket, inner: socket.socket) -> None:
         with suppress(OSError):
             while data := source.recv(65536):
-                sink.sendall(data)
+                # MLflow answers only to its own name in the Host header.
+                sink.sendall(data.replace(*self._names) if source is inner else data)
         for end in (source, sink):
             self._open.discard(end)
             end.close()

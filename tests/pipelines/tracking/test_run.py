@@ -15,7 +15,7 @@ from pipelines.tracking import metrics as metrics_module
 from pipelines.tracking.client import connect
 from pipelines.tracking.run import Run, TrackingError, as_params, track
 from tests.pipelines.tracking.door import Door
-from tests.pipelines.tracking.toys import ToyCorpus, ToyRecipe, attempt, digest_named
+from tests.pipelines.tracking.toys import ToyCorpus, ToyRecipe, attempt, digest_named, own_root
 
 stack_needed = pytest.mark.stack
 
@@ -23,7 +23,7 @@ stack_needed = pytest.mark.stack
 @pytest.fixture
 def place(stack: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The real MLflow server, and a store root of this test's own."""
-    monkeypatch.setenv("VIT_ROOT", str(tmp_path / "root"))
+    own_root(monkeypatch)
     yield tmp_path
 
 

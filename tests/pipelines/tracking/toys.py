@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
 import time
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 import vit_model
@@ -66,3 +69,10 @@ def picture(seed: int, size: int = 24, format: str = "PNG") -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format)
     return buffer.getvalue()
+
+
+def own_root(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A root of this test's own in the stack's object store: runs, corpora and leases of other tests are not there."""
+    root = f"{os.environ['VIT_ROOT']}/test-{uuid.uuid4().hex[:8]}"
+    monkeypatch.setenv("VIT_ROOT", root)
+    return root

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ def session(
         training=training,
         validation=held_out,
         test=held_out,
-        make_log=lambda: log,
+        open_log=lambda: nullcontext(log),
         export=lambda path: save_file(dict(state.model.state_dict()), path),
     )
 
@@ -136,7 +136,7 @@ def test_killed_anywhere_the_next_attempt_ends_with_the_same_weights(place: Plac
 
 def test_lanes_come_from_the_checkpoint_whatever_the_new_start_would_choose(place: Place) -> None:
     with pytest.raises(Killed):
-        session(place.attempt(1), until=kill_at(7)).run()
+        session(place.attempt(1), until=kill_at(11)).run()
     again = session(place.attempt(2), lanes=8)
     again.run()
     assert again._order["lanes"] == 4
@@ -183,7 +183,7 @@ def test_an_attempt_that_lost_its_lease_stops_and_commits_nothing(place: Place) 
     attempt = place.attempt(1)
 
     def lose(step: int) -> None:
-        if step == 7:
+        if step == 12:
             place.attempt(2)
 
     one = session(attempt, until=lose)
@@ -191,7 +191,7 @@ def test_an_attempt_that_lost_its_lease_stops_and_commits_nothing(place: Place) 
     assert "another attempt took over" in place.read(1, OUTCOME)["error"]
     assert not (Path(place.root) / "attempts" / "1" / WEIGHTS).exists()
     committed = [found.step for found in one._checkpoints.found()]
-    assert committed == [5]
+    assert 5 in committed and max(committed) <= 10
 
 
 def test_what_fails_again_and_again_from_the_same_step_is_given_up_with_its_reason(place: Place) -> None:
@@ -223,23 +223,33 @@ def test_no_point_of_the_curves_is_lost_while_tracking_cannot_be_reached(place: 
     tries = itertools.count()
     points: list[int] = []
 
-    def make_log() -> Callable[[dict[str, float], int], None]:
+    closed: list[bool] = []
+
+    @contextmanager
+    def open_log() -> Iterator[Callable[[dict[str, float], int], None]]:
         if next(tries) < 2:
             raise ConnectionError("not yet")
-        return lambda values, step: points.append(step)
+
+        def log(values: dict[str, float], step: int) -> None:
+            if next(tries) == 4:
+                raise ConnectionError("gone for a moment")
+            points.append(step)
+
+        yield log
+        closed.append(True)
 
     from pipelines.training.reporter import Reporter
 
-    reporter = Reporter(place.attempt(1).uri, make_log, every_seconds=0.05)
+    reporter = Reporter(place.attempt(1).uri, open_log, every_seconds=0.05)
     for step in range(5):
         reporter.log({"train/loss": 1.0}, step)
     reporter.close()
-    assert points == [0, 1, 2, 3, 4]
+    assert points == [0, 1, 2, 3, 4] and closed
 
 
 def test_another_order_of_images_is_refused(place: Place) -> None:
     with pytest.raises(Killed):
-        session(place.attempt(1), until=kill_at(7)).run()
+        session(place.attempt(1), until=kill_at(11)).run()
     one = session(place.attempt(2))
     one._order["corpus"] = "other"
     with pytest.raises(TrainingError, match="another order of images"):

@@ -85,6 +85,20 @@ def test_the_first_failing_step_is_named_with_its_own_error(run: Run, two_cups: 
     assert run(two_cups, lambda _: None)["first"].result.reused
 
 
+def test_nothing_more_is_started_after_a_failure(run: Run, write: Callable[[str, str], str]) -> None:
+    """Also not what does not depend on it."""
+    write("r.yaml", "")
+    path = write(
+        "w.yaml",
+        "steps:\n  one: {stage: brew, recipe: r.yaml, set: {trouble: value}}\n"
+        "  other: {stage: brew, recipe: r.yaml, set: {minutes: 9}}\n",
+    )
+    seen: list[str] = []
+    with pytest.raises(StepFailed, match="step one"):
+        run(load_workflow(path), lambda outcome: seen.append(outcome.step))
+    assert not seen
+
+
 def test_an_interrupt_ends_the_run_as_an_interrupt(run: Run, two_cups: Workflow) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(two_cups.with_values({"first": {"trouble": "interrupt"}}), lambda _: None)

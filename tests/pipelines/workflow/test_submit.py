@@ -165,7 +165,7 @@ def test_plain_ray_job_submit_runs_a_recipe_as_it_is(stack: Endpoints, shard_rec
     corpus = shard_run(shard_recipe)
     command = ["vit"] if (Path(sys.executable).parent / "vit").exists() else ["python", "-m", "pipelines"]
     submit_line = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", str(stack.ray_jobs)]
-    arguments = ["pretrain", "smoke/pretrain", "--corpus", corpus.uri, "--train.total-steps", "4"]
+    arguments = ["pretrain", "smoke/pretrain", "--corpus", corpus.uri, "--train.total-steps", "8"]
     done = subprocess.run(
         [*submit_line, "--working-dir", ".", "--", *command, *arguments],
         cwd=ROOT,
@@ -175,5 +175,5 @@ def test_plain_ray_job_submit_runs_a_recipe_as_it_is(stack: Endpoints, shard_rec
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "uploaded by the job" in done.stdout or "installed" in done.stdout
-    recipe = load_recipe(PretrainRecipe, "smoke/pretrain", {"corpus": corpus.uri, "train.total_steps": 4})
+    recipe = load_recipe(PretrainRecipe, "smoke/pretrain", {"corpus": corpus.uri, "train.total_steps": 8})
     assert plan("pretrain", recipe).state == "finished"

@@ -1,0 +1,52 @@
+"""The shard stage on the real object store, Ray and MLflow."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines import shard, store
+from pipelines.config import from_dict
+from pipelines.corpus.errors import SourceError
+from pipelines.corpus.manifest import open_corpus
+from pipelines.shard import ShardRecipe, make_corpus
+
+from .inputs import class_folders, picture
+
+
+@pytest.mark.stack
+def test_from_bucket_to_bucket_with_identity_and_tracking(tmp_path: Path, stack: Any) -> None:
+    """On the real object store, Ray and MLflow: a second run returns the first, a new image makes a new version."""
+    folder = class_folders(tmp_path / "s", {"train/cat": 25, "train/dog": 25, "val/cat": 5, "val/dog": 5})
+    name = f"test-shard-{os.getpid()}-{time.time_ns()}"
+    prefix = store.join(store.root(), "uploads", name)
+    for path in sorted(folder.rglob("*.*")):
+        store.upload(path, store.join(prefix, path.relative_to(folder).as_posix()))
+    values = {"source": prefix, "destination": name, "shard_bytes": 2500}
+    result = shard.run(from_dict(ShardRecipe, values))
+    corpus = open_corpus(result.uri)
+    assert corpus.splits == {"train": 50, "val": 10} and result.uri == open_corpus(f"{name}@current").reference
+    assert result.metrics["images"] == 60 and not result.reused and result.run_id
+    for row in corpus.samples("val").to_pylist():
+        data = store.read(corpus.shard_uri(row["shard"]), row["offset"], row["bytes"])
+        assert (folder / row["source"]).read_bytes() in data
+    assert shard.run(from_dict(ShardRecipe, values)).reused
+    here = {"source": str(folder), "destination": str(tmp_path / "c"), "shard_bytes": 2500, "num_workers": 0}
+    local = make_corpus(from_dict(ShardRecipe, here))
+    assert local.digest == corpus.digest  # The same images from a folder are the same corpus.
+
+    store.write(store.join(prefix, "train/dog/extra.png"), picture(999))
+    grown = shard.run(from_dict(ShardRecipe, values))
+    assert not grown.reused and open_corpus(grown.uri).splits == {"train": 51, "val": 10}
+    assert open_corpus(f"{name}@current").digest != corpus.digest and len(corpus.samples("train")) == 50
+
+
+@pytest.mark.stack
+@pytest.mark.parametrize("source", ["s3://no-such-bucket-here/x", "ROOT/no-such-prefix"])
+def test_a_wrong_bucket_or_prefix_is_said(source: str, stack: Any) -> None:
+    with pytest.raises((SourceError, store.StoreError), match=r"does not exist|is empty|cannot list"):
+        shard.run(from_dict(ShardRecipe, {"source": source.replace("ROOT", store.root()), "destination": "x"}))
