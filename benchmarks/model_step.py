@@ -114,7 +114,7 @@ def measure(
             if i:
                 times["forward"][name].append(forward_time)
                 times["train"][name].append(train_time)
-        if i >= 3 and time.perf_counter() - start > seconds:
+        if i >= 2 and time.perf_counter() - start > seconds:
             break
     return times
 
@@ -202,9 +202,9 @@ def main() -> None:
         parser.error("--cpu-time measures one thread of a CPU; add --device cpu --threads 1")
     cuda = args.device == "cuda"
     args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
-    args.batch = args.batch or (128 if cuda else 2 if args.quick else 8)
+    args.batch = args.batch or (128 if cuda else 1 if args.quick else 8)
     if args.quick:
-        args.rounds, args.seconds = 6, 8.0
+        args.rounds, args.seconds = 6, 5.0
     if args.threads:
         torch.set_num_threads(args.threads)
     peers = import_peers()
