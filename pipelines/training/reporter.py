@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 EVERY_SECONDS = 1.0
 FLUSH_SECONDS = 30.0
 
-Log = Callable[[dict[str, float], int], None]  # values, step
+Log = Callable[[dict[str, float], int], None]  # values, step; with a method `flush() -> bool` if it buffers
 OpenLog = Callable[[], AbstractContextManager[Log]]
 
 
@@ -37,6 +37,7 @@ class Reporter:
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._stop_wanted = False
+        self._handed_on: deque[tuple[dict[str, float], int]] = deque()
         self._log: Log | None = None
         self._warned = False
         self._thread = threading.Thread(target=self._run, name="reporter", daemon=True)
@@ -64,6 +65,10 @@ class Reporter:
             before = self._progress or {}
             self._progress = {**before, "notes": [*before.get("notes", ()), text][-50:], "time": time.time()}
 
+    def unsent(self) -> list[tuple[dict[str, float], int]]:
+        """Points that tracking has not confirmed. A checkpoint keeps them: its steps are never logged again."""
+        return [*self._handed_on, *self._points]
+
     def close(self) -> None:
         """Send what is left; gives up on tracking after 30 s."""
         self._closing.set()
@@ -74,6 +79,7 @@ class Reporter:
         while not self._closing.wait(self._every):
             shown = self._send_progress(shown)
             self._flush()
+            self._confirm()
             try:
                 if store.exists(store.join(self._attempt_uri, STOP)):
                     self._stop_wanted = True
@@ -103,6 +109,17 @@ class Reporter:
             log.warning("progress could not be written: %s", error)
         return progress
 
+    def _confirm(self) -> None:
+        """Let go of the points that tracking has sent; a log without a buffer of its own has sent them all."""
+        count = len(self._handed_on)
+        flush = getattr(self._log, "flush", None)
+        try:
+            if count and (flush is None or flush()):
+                for _ in range(count):
+                    self._handed_on.popleft()
+        except Exception as error:  # Tracking may fail in any way; training goes on.
+            log.debug("tracking did not flush: %s", error)
+
     def _flush(self) -> None:
         """Hand every point on, in order; one that fails stays first in line and is tried again."""
         while self._points:
@@ -115,5 +132,6 @@ class Reporter:
                     log.warning("metrics cannot be logged, they are kept and tried again: %s", error)
                 self._warned = True
                 return
+            self._handed_on.append(self._points[0])  # First there, then gone here: `unsent` misses none.
             self._points.popleft()
             self._warned = False

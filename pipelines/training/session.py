@@ -110,6 +110,9 @@ class Session:
                 raise TrainingError(f"{loaded.found.uri} was made with another order of images; use --again")
             self._order["lanes"] = lanes
             self.state.load(loaded.tensors, loaded.found.step)
+            if self._reporter is not None:
+                for values, at in loaded.state.get("curves", ()):
+                    self._reporter.log(values, at)
             self._note(f"resumed from the checkpoint at step {step:,} (attempt {attempt})")
         if starts >= MOST_STARTS:
             raise TrainingError(
@@ -237,6 +240,7 @@ class Session:
                 "order": self._order,
                 "world_size": self.ranks.world_size,
                 "layout": {"kind": "replicated", "files": 1},
+                "curves": self._reporter.unsent() if self._reporter is not None else [],
                 "images_seen": self.state.step * self.config.loop.train.batch_size,
                 "code": identity.code_fingerprint(),
             },

@@ -37,6 +37,7 @@ from pipelines.training.watch import Outcome, Watcher, read_outcome, stop
 if TYPE_CHECKING:
     from ray.train.torch import TorchConfig
 
+    from pipelines.tracking.run import Run
     from pipelines.training.reporter import Log
     from pipelines.training.session import Session
     from vit_model import InputSpec, Model, ModelConfig, OutputSpec
@@ -211,19 +212,27 @@ def open_log(job: TrainJob) -> Iterator[Log]:
     from pipelines.tracking.run import Run
 
     run = Run.attach(job.run_id, job.attempt)
-    last: dict[str, int] = {}
-
-    def write(values: dict[str, float], step: int) -> None:
-        for key in values.keys() - last.keys():
-            last[key] = run.last_step(key)
-        fresh = {key: value for key, value in values.items() if step > last[key]}
-        if fresh:
-            run.log_metrics(fresh, step)
-
     try:
-        yield write
+        yield _MlflowLog(run)
     finally:
         run.close()
+
+
+class _MlflowLog:
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._last: dict[str, int] = {}  # Last step of each key that MLflow has or will be sent.
+
+    def __call__(self, values: dict[str, float], step: int) -> None:
+        for key in values.keys() - self._last.keys():
+            self._last[key] = self._run.last_step(key)
+        fresh = {key: value for key, value in values.items() if step > self._last[key]}
+        if fresh:
+            self._run.log_metrics(fresh, step)
+            self._last.update(dict.fromkeys(fresh, step))
+
+    def flush(self) -> bool:
+        return self._run.flush()
 
 
 # The driver ---------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def run(images: Path, *flags: str) -> dict[str, Any]:
     """Run the workflow as `vit run` does; outcomes by step."""
     from pipelines.workflow.spec import load_workflow
 
-    values = {"shard": {"source": str(images)}, "predict": {"images": str(images / "digit-1")}}
+    values = {"shard": {"source": str(images)}, "predict": {"images": str(images / "digit-1"), "split": None}}
     return cli.run_workflow(load_workflow("smoke", values), plain="--plain" in flags, observe=lambda outcome: None)
 
 

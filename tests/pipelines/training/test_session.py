@@ -76,7 +76,8 @@ def session(
 
     def log(values: dict[str, float], step: int) -> None:
         if points is not None:
-            points.extend((key, step) for key in values)
+            # As in MLflow's log: what an attempt before has logged is not logged again.
+            points.extend((key, step) for key in values if (key, step) not in points)
 
     return Session(
         SessionConfig(
