@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from pipelines import cli, store
+from pipelines.config import find_recipe
 from pipelines.identity import find_result
 from tests.integration.conftest import run
 
@@ -48,7 +50,7 @@ def test_predictions_are_a_table_with_a_row_for_every_image(first: dict[str, Any
     parts = [item.uri for item in store.list_objects(first["predict"].result.uri) if item.uri.endswith(".parquet")]
     rows = [row for uri in parts for row in pq.read_table(io.BytesIO(store.read(uri))).to_pylist()]
     assert len(rows) == len(list((images / "digit-1").iterdir()))
-    assert {row["predicted"] for row in rows} <= {"digit-0", "digit-1", "digit-2"}
+    assert {row["prediction"] for row in rows} <= {"digit-0", "digit-1", "digit-2"}
 
 
 @pytest.mark.parametrize("flags", [(), ("--plain",)], ids=["dagster", "plain"])
@@ -72,10 +74,18 @@ def test_a_lost_result_makes_exactly_that_stage_run_again(first: dict[str, Any],
     assert second[lost].result.uri.split("/attempts/")[0] == result.uri.split("/attempts/")[0]
 
 
-def test_why_says_that_all_is_finished(first: dict[str, Any], images: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--shard.source", str(images), "--predict.images", str(images / "digit-1"), "--predict.split", "null"]
-    assert cli.main(["why", "workflows/smoke", *flags]) == 0
+def test_why_says_what_is_finished_and_what_differs(
+    first: dict[str, Any], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = yaml.safe_load(find_recipe("workflows/smoke").read_text())
+    given["steps"]["shard"]["set"] = {"source": str(images)}
+    given["steps"]["predict"]["set"] = {"images": str(images / "digit-1"), "split": None}
+    workflow = tmp_path / "mine.yaml"
+    workflow.write_text(yaml.safe_dump(given))
+    assert cli.main(["why", str(workflow)]) == 0
+    assert capsys.readouterr().out.count("finished") >= len(STEPS)
+    given["steps"]["pretrain"]["set"] = {"train.total_steps": 41}
+    workflow.write_text(yaml.safe_dump(given))
+    assert cli.main(["why", str(workflow)]) == 0
     told = capsys.readouterr().out
-    assert told.count("finished") >= len(STEPS)
-    assert cli.main(["why", "workflows/smoke", *flags, "--pretrain.train.total_steps", "41"]) == 0
-    assert "total_steps" in capsys.readouterr().out
+    assert "total_steps" in told and "missing" in told
