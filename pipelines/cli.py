@@ -184,7 +184,11 @@ def _why(arguments: list[str], flags: Flags) -> int:
 
 
 def _schedule(arguments: list[str], flags: Flags) -> int:
+    from infra.endpoints import current
     from pipelines.workflow.schedules import main as schedule_main
+
+    if found := current():  # From a sub-folder too: the state folder is the stack's.
+        found.apply()
 
     return schedule_main(arguments, ensure_stack)
 

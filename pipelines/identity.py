@@ -231,6 +231,9 @@ class Lease:
                     return
                 except store.Conflict:
                     continue
+            if record["token"] == self.token:  # Our own write, whose answer was lost.
+                self._etag = info.etag
+                return
             if record["expires"] > time.time() and not _is_dead(record):
                 raise Held(f"{self.what} is held by {holder(record)}")
             self.attempt = int(record["attempt"]) + 1
@@ -247,7 +250,6 @@ class Lease:
         self._thread.start()
 
     def _renew(self) -> None:
-        last = time.monotonic()
         while not self._stop.wait(RENEW_SECONDS):
             try:
                 with self._lock:
@@ -255,7 +257,6 @@ class Lease:
                         return
                     renewed = self._record(expires=time.time() + LEASE_SECONDS)
                     self._etag = store.write_json(self.uri, renewed, if_match=self._etag)
-                last = time.monotonic()
             except (store.Conflict, store.NotFound):
                 if self._still_ours():
                     continue
@@ -263,10 +264,8 @@ class Lease:
                 log.error("%s: %s", self.what, self._lost)
                 return
             except store.StoreError as error:
+                # Only another holder's token ends this one: after an outage the renewal finds out which it is.
                 log.warning("%s: the lease could not be renewed: %s", self.what, error)
-                if time.monotonic() - last > LEASE_SECONDS:
-                    self._lost = f"the lease could not be renewed for {LEASE_SECONDS:.0f} s"
-                    return
 
     def _still_ours(self) -> bool:
         """True when a renewal was carried out although its answer was lost."""

@@ -126,7 +126,9 @@ def list_folder(images: str) -> Listing:
             continue
         names.append(name)
         uris.append(info.uri)
-        digest.update(_as_bytes(f"{name}\0{info.size}\0{info.etag}\n"))
+        # Without the inode of a local file: a copy that keeps its times is the same image.
+        mark = info.etag if store.is_s3(info.uri) else info.etag.rpartition("-")[0]
+        digest.update(_as_bytes(f"{name}\0{info.size}\0{mark}\n"))
     if not names:
         also = f" ({ignored:,} other files)" if ignored else ""
         raise ValueError(f"no image in {base}{also}; files ending in {', '.join(IMAGES)} are taken")

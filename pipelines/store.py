@@ -250,16 +250,14 @@ def write(uri: str, data: bytes, *, if_absent: bool = False, if_match: str | Non
     if if_match is not None:
         options["IfMatch"] = if_match
     conditional = if_absent or if_match is not None
-    tries = 0
 
     def once() -> str:
-        nonlocal tries
-        tries += 1
         try:
             return str(client().put_object(**options)["ETag"])
         except Exception as error:
-            # An earlier try may have been carried out although its answer was lost: then what stands is what we wrote.
-            if conditional and tries > 1 and _code(error) in _CONFLICT and read(uri) == data:
+            # An earlier try (ours, or botocore's own) may have been carried out although its answer was lost: then what
+            # stands is what we wrote.
+            if conditional and _code(error) in _CONFLICT and read(uri) == data:
                 return stat(uri).etag
             raise
 
@@ -375,6 +373,7 @@ def _code(error: BaseException) -> str:
 
 
 def _retry(uri: str, verb: str, call: Callable[[], T]) -> T:
+    from boto3.exceptions import Boto3Error
     from botocore.exceptions import (
         BotoCoreError,
         ClientError,
@@ -387,7 +386,14 @@ def _retry(uri: str, verb: str, call: Callable[[], T]) -> T:
     delay = 0.1
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            return call()
+            try:
+                return call()
+            except Boto3Error as error:
+                # File transfers hide the reason: an upload in the context, a download in an attribute.
+                hidden = getattr(error, "last_exception", None) or error.__context__
+                raise (
+                    hidden if isinstance(hidden, ClientError | BotoCoreError | OSError) else ConnectionError(error)
+                ) from None
         except (NoCredentialsError, PartialCredentialsError) as error:
             raise StoreError(
                 f"cannot {verb} {uri}: {error}; start the embedded stack with `vit up`, or set AWS_ACCESS_KEY_ID"

@@ -113,7 +113,15 @@ class State:
                     f"state folder {self.folder} belongs to another user; set VIT_STATE to a folder of yours"
                 )
             names = {path.name for path in self.folder.iterdir()}
-            early = (".gitignore", "lock", "logs", "ray.token", ".ray.token.", ".keys.json.")  # Of a start under way.
+            early: tuple[str, ...] = (
+                ".gitignore",
+                "lock",
+                "logs",
+                "ray.token",
+                ".ray.token.",
+                ".keys.json.",
+            )  # Of a start under way,
+            early += ("dagster", "samples", "demo.json")  # or of commands that ran against other endpoints.
             if "keys.json" not in names and any(not name.startswith(early) for name in names):
                 raise StackError(f"{self.folder} is not empty and no state folder; set VIT_STATE to a new folder")
             self.folder.chmod(0o700)

@@ -67,7 +67,8 @@ class Reporter:
 
     def unsent(self) -> list[tuple[dict[str, float], int]]:
         """Points that tracking has not confirmed. A checkpoint keeps them: its steps are never logged again."""
-        return [*self._handed_on, *self._points]
+        points = list(self._points)  # First: a point that moves on meanwhile is then seen twice, never missed.
+        return [*self._handed_on, *points]
 
     def close(self) -> None:
         """Send what is left; gives up on tracking after 30 s."""
