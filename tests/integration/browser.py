@@ -66,7 +66,8 @@ def main(model: str, picture: str) -> None:
     ensure()
     with open_page() as page:
         visit(page, f"/models/{model}", "champion")
-        page.screenshot(path=Path(picture))
+        # Without MLflow's assistant, a panel at the right.
+        page.screenshot(path=Path(picture), clip={"x": 0, "y": 0, "width": 1040, "height": 800})
 
 
 if __name__ == "__main__":
