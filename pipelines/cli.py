@@ -234,7 +234,7 @@ VERBS: dict[str, Verb] = {
         _run,
     ),
     "why": Verb(
-        "[STAGE] RECIPE | WORKFLOW [--dotted.flag VALUE ...]",
+        "[STAGE] RECIPE [--dotted.flag VALUE ...] | WORKFLOW",
         "finished, running or missing, and which fields differ from the nearest former run",
         _why,
     ),

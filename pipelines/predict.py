@@ -300,7 +300,7 @@ def read_block(block: pa.Table, spec: InputSpec) -> pa.Table:
     for place, row in enumerate(block.to_pylist()):
         try:
             data = _bytes_of(row)
-        except (store.NotFound, ValueError) as error:
+        except (store.NotFound, store.Unreadable, ValueError) as error:
             errors.append(f"missing: {error}")
             continue
         errors.append(decode(data, spec, images[place]))

@@ -26,6 +26,7 @@ __all__ = [
     "NotFound",
     "ObjectInfo",
     "StoreError",
+    "Unreadable",
     "client",
     "delete",
     "download",
@@ -59,6 +60,10 @@ class StoreError(RuntimeError):
 
 class NotFound(StoreError):
     """No such object, file or bucket."""
+
+
+class Unreadable(StoreError):
+    """A local file that is there and cannot be read: its permissions, or a fault of the disk."""
 
 
 class Conflict(StoreError):
@@ -174,7 +179,7 @@ def _read_local(uri: str, start: int | None, length: int | None, if_match: str |
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise NotFound(f"no such file: {uri}") from None
     except OSError as error:
-        raise StoreError(f"cannot read {uri}: {error.strerror or error}") from error
+        raise Unreadable(f"cannot read {uri}: {error.strerror or error}") from error
     if length is not None and len(data) < length:
         raise StoreError(f"{uri}: {length:,} bytes from byte {start or 0:,} wanted, the file ends after {len(data):,}")
     return data
