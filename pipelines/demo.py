@@ -58,8 +58,23 @@ def main(
     workflow = load_workflow("demo", values)
     say(f"upstream    {upstream}")
     say(f"downstream  {_downstream(folder)}")
-    with again(recompute):
-        outcomes = run(workflow, plain=plain, observe=say_step)
+    done: dict[str, Outcome] = {}
+
+    def observe(outcome: Outcome) -> None:
+        done[outcome.step] = outcome
+        say_step(outcome)
+
+    try:
+        with again(recompute):
+            outcomes = run(workflow, plain=plain, observe=observe)
+    except Exception:
+        # A refused promotion ends here, since nothing is left to predict with: what was reached is shown all the same.
+        if done:
+            _say_table(done)
+            for name in ("pretrain", "evaluate", "evaluate_scratch"):
+                if name in done:
+                    say(f"  {name + ', held-out top-1':<34}{_measured(done[name])}")
+        raise
     return _summary(outcomes, folder, stand_in, time.monotonic() - started)
 
 
@@ -140,7 +155,7 @@ def _downstream(folder: Path | None) -> str:
     return f"{folder} (your class folders)" if folder else "1,797 handwritten digits from scikit-learn"
 
 
-def _summary(outcomes: Mapping[str, Outcome], folder: Path | None, stand_in: bool, seconds: float) -> int:
+def _say_table(outcomes: Mapping[str, Outcome]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -156,6 +171,9 @@ def _summary(outcomes: Mapping[str, Outcome], folder: Path | None, stand_in: boo
     terminal = console()
     (terminal if terminal.is_terminal else Console(file=terminal.file, width=140)).print(table)
 
+
+def _summary(outcomes: Mapping[str, Outcome], folder: Path | None, stand_in: bool, seconds: float) -> int:
+    _say_table(outcomes)
     pretrained, tuned, twin = (_measured(outcomes[name]) for name in ("pretrain", "evaluate", "evaluate_scratch"))
     gain, low, high = difference(tuned, twin)
     upstream = "stand-in photos" if stand_in else "Fashion-MNIST"
