@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from pipelines import cli, store
+from pipelines import store
 from pipelines.config import find_recipe
 from pipelines.identity import find_result
+from pipelines.why import main as why
 from tests.integration.conftest import run
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
@@ -82,10 +83,10 @@ def test_why_says_what_is_finished_and_what_differs(
     given["steps"]["predict"]["set"] = {"images": str(images / "digit-1"), "split": None}
     workflow = tmp_path / "mine.yaml"
     workflow.write_text(yaml.safe_dump(given))
-    assert cli.main(["why", str(workflow)]) == 0
+    assert why([str(workflow)], lambda: None) == 0
     assert capsys.readouterr().out.count("finished") >= len(STEPS)
     given["steps"]["pretrain"]["set"] = {"train.total_steps": 41}
     workflow.write_text(yaml.safe_dump(given))
-    assert cli.main(["why", str(workflow)]) == 0
+    assert why([str(workflow)], lambda: None) == 0
     told = capsys.readouterr().out
     assert "total_steps" in told and "missing" in told
