@@ -7,13 +7,15 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from pipelines import store
+from pipelines.corpus.checks import check_image, is_named_as
 from pipelines.corpus.commit import ShardRecord, write_table
 from pipelines.corpus.errors import CorpusError
 from pipelines.corpus.fetch import fetch
-from pipelines.corpus.images import ImageFacts, ImageRejected, inspect_image
+from pipelines.corpus.images import ImageFacts, ImageRejected
 from pipelines.corpus.plan import Plan, load_plan
 from pipelines.corpus.quarantine import Rejected
 from pipelines.corpus.tar import ShardContent, ShardWriter, sample_key
@@ -22,8 +24,6 @@ __all__ = ["build_shard", "finished_record"]
 
 log = logging.getLogger(__name__)
 SPARE_BYTES = 64 << 20  # Disk that a node keeps free while a shard is put together.
-
-DECODER_REASONS = {"too_many_bytes": "bomb", "too_many_pixels": "bomb", "unsupported_mode": "unsupported_format"}
 
 
 def build_shard(plan_uri: str, number: int, *, keep: bool = True) -> tuple[ShardRecord, bool]:
@@ -104,7 +104,7 @@ def _write(plan: Plan, number: int, path: Path) -> tuple[ShardContent, list[Reje
                 rejected.append(Rejected(key, row.path, split, row.label, reason.reason, reason.detail))
                 continue
             noted.update(facts.notes)
-            if plan.kind != "idx" and not _named_as(row.path, facts.extension):
+            if plan.kind != "idx" and not is_named_as(row.path, facts.extension):
                 noted["renamed"] += 1
             writer.add(
                 path=row.path,
@@ -117,24 +117,6 @@ def _write(plan: Plan, number: int, path: Path) -> tuple[ShardContent, list[Reje
         return writer.close(), rejected, noted
 
 
-def _named_as(path: str, extension: str) -> bool:
-    named = path.lower().rpartition(".")[2]
-    return ("jpg" if named == "jpeg" else named) == extension
-
-
 def _checks(plan: Plan) -> Callable[[bytes], ImageFacts]:
     # Rows of an IDX file were made into PNG by us a moment ago: decoding them would check our own encoder.
-    if plan.validate == "header" or plan.kind == "idx":
-        return inspect_image
-    return _inspect_and_decode
-
-
-def _inspect_and_decode(image: bytes) -> ImageFacts:
-    from vit_model.preprocess import ImageError, decode_image
-
-    facts = inspect_image(image)
-    try:
-        decode_image(image, 3)
-    except ImageError as error:
-        raise ImageRejected(DECODER_REASONS.get(error.reason, "corrupt"), str(error)) from None
-    return facts
+    return partial(check_image, decode=plan.validate == "decode" and plan.kind != "idx")

@@ -43,6 +43,7 @@ class ShardRecord:
     rows: str  # Object with its sample rows, relative to the base.
     rejected: list[Rejected] = field(default_factory=list)
     noted: dict[str, int] = field(default_factory=dict)
+    uri: str | None = None  # Where an adopted tar lies, relative to the base if below it; None: shards/NAME.
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -79,6 +80,8 @@ def shard_table(records: Sequence[ShardRecord]) -> pa.Table:
         "page_length": pa.list_(pa.int64()),
         "page_rows": pa.list_(pa.int32()),
     }
+    if any(record.uri is not None for record in records):
+        types["uri"] = pa.string()
     return pa.table(
         {name: pa.array([getattr(record, name) for record in records], kind) for name, kind in types.items()}
     )
@@ -103,11 +106,12 @@ def commit(
     parent: str | None = None,
     source: str = "",
     recipe: Mapping[str, Any] | None = None,
+    tables: Mapping[str, pa.Table] | None = None,
 ) -> Corpus:
     """Write the manifest of these shards and make it the current version.
 
     `rejected` are images that never reached a shard; those that were found bad on the way are in the records.
-    `current` is what `current_etag` said when the work began.
+    `current` is what `current_etag` said when the work began. `tables` are written beside the manifest as NAME.parquet.
     """
     everything_rejected = [*rejected, *(item for record in records for item in record.rejected)]
     # A shard of which nothing was left is no shard of the corpus.
@@ -135,6 +139,8 @@ def commit(
     write_table(
         store.join(target, "quarantine.parquet"), quarantine_table(everything_rejected, dict(enumerate(class_names)))
     )
+    for name, extra in (tables or {}).items():
+        write_table(store.join(target, f"{name}.parquet"), extra)
     noted = Counter[str]()
     for record in records:
         noted.update(record.noted)

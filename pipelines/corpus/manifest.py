@@ -1,6 +1,7 @@
 """What a corpus is: WebDataset tars beside an immutable, versioned manifest. The read side of the manifest.
 
 BASE/{shards/*.tar, current.json, manifests/DIGEST/{head.json, shards.parquet, samples/*.parquet, quarantine.parquet}}.
+Tars that were adopted in place lie elsewhere: the column `uri` of shards.parquet says where.
 The digest covers what the shards hold and how pages cut them, never where they lie or when they were made.
 """
 
@@ -143,11 +144,16 @@ class Corpus:
         return [Shard(*row) for row in zip(*columns, strict=True)]
 
     @cached_property
-    def _names(self) -> list[str]:
-        return list(self.table["name"].to_pylist())
+    def _places(self) -> list[str]:
+        """Of each shard: its URI, or its path below the base."""
+        names = [f"shards/{name}" for name in self.table["name"].to_pylist()]
+        if "uri" not in self.table.column_names:
+            return names
+        return [uri or name for uri, name in zip(self.table["uri"].to_pylist(), names, strict=True)]
 
     def shard_uri(self, shard: int) -> str:
-        return store.join(self.uri, "shards", self._names[shard])
+        place = self._places[shard]
+        return place if store.is_s3(place) or place.startswith("/") else store.join(self.uri, place)
 
     def pages(self, split: str) -> Pages:
         self._check_split(split)

@@ -26,7 +26,12 @@ REASONS = {
     "unreadable": "the file system gives an error, or no permission",
     "missing_label": "in no class folder, or without a label",
     "missing_image": "a sample of a tar without an image",
-    "bad_name": "the file name is not UTF-8",
+    "bad_name": "the file name is not UTF-8, or leaves the archive",
+    "duplicate_member": "a sample of a tar with two members of one extension",
+    "dotted_key": "a sample of a tar whose key has a dot, at which readers cut it",
+    "scattered_key": "a sample of a tar whose members do not lie together",
+    "repeated_key": "a second sample of one key in one tar",
+    "oversized": "a sample of a tar whose members are too long together for one read",
 }
 
 # Kept as they are; readers convert them by the rules of vit_model.preprocess.

@@ -87,7 +87,7 @@ def train_batches(
     mine = lanes_of_rank(lanes, rank, world_size)
     locate = _Pages(corpus, pages)
     items = (locate.item(window) for window in order.windows(mine, start_step, total_steps))
-    job = Job(seed, spec, augment, len(corpus.class_names), reader.on_bad)
+    job = Job(seed, spec, augment, len(corpus.class_names), reader.on_bad, corpus.reference)
     return BatchStream(
         _rows(reader, job, items, world_size),
         mine,
@@ -124,7 +124,7 @@ def eval_batches(
     size = batch_size // world_size
     longest = -(-total // world_size)
     locate = _Pages(corpus, pages)
-    job = Job(0, spec, None, len(corpus.class_names), reader.on_bad)
+    job = Job(0, spec, None, len(corpus.class_names), reader.on_bad, corpus.reference)
     return BatchStream(
         _rows(reader, job, locate.slice(ends, begin, end), world_size),
         [0],
