@@ -167,15 +167,15 @@ def _flat(column: pa.ChunkedArray) -> NDArray[Any]:
 def _lengths(column: pa.ChunkedArray) -> NDArray[np.int64]:
     import pyarrow.compute as pc
 
-    lengths: NDArray[np.int64] = pc.list_value_length(column).to_numpy().astype(np.int64)
-    return lengths
+    return np.array(pc.list_value_length(column).to_numpy(), np.int64)
 
 
 def _starts(lengths: NDArray[Any], counts: NDArray[np.int64]) -> NDArray[np.int64]:
     """Offset of each page if the pages of a shard follow one another."""
     ends = np.cumsum(lengths, dtype=np.int64)
     firsts = np.concatenate([[0], ends])[np.cumsum(counts) - counts]
-    return ends - lengths - np.repeat(firsts, counts)
+    starts: NDArray[np.int64] = ends - lengths - np.repeat(firsts, counts)
+    return starts
 
 
 def _small(values: NDArray[Any]) -> NDArray[Any]:

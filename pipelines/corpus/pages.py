@@ -71,6 +71,12 @@ class Pages:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def useful_part(self) -> float:
+        """Samples that are given, of those that lie in the pages as often as they are read."""
+        rows = self._layout.page_rows[self._first_page :]
+        read = (self.rows if self._page is None else rows[self._page]).sum(dtype=np.int64)
+        return float(self.rows.sum(dtype=np.int64) / max(1, read))
+
     def __getitem__(self, entry: int) -> Page:
         layout = self._layout
         page = self._first_page + (entry if self._page is None else int(self._page[entry]))
