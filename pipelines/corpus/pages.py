@@ -65,7 +65,7 @@ class Pages:
         self.rows: NDArray[np.unsignedinteger[Any]] = layout.page_rows[self._first_page : last_page]
         if layout.times is not None and layout.times[shards.start : shards.stop].null_count < len(shards):
             self._page, self._layer, self.rows = _repeats(layout, shards)
-        sums = np.add.reduceat(self.rows, np.arange(0, len(self), BLOCK), dtype=np.int64) if len(self) else self.rows
+        sums = [self.rows[at : at + BLOCK].sum(dtype=np.int64) for at in range(0, len(self), BLOCK)]
         self._block_rows = first_row + np.concatenate([[0], np.cumsum(sums, dtype=np.int64)])
 
     def __len__(self) -> int:

@@ -50,7 +50,13 @@ def write_view(base: str, parts: Sequence[Part], described: Description, rejecte
     for column in ("uri", "times"):
         if table[column].null_count == table.num_rows:
             table = table.drop_columns([column])
-    return write_manifest(base, lambda: [table], replace(described, sources=tuple(sources)), rejected)
+
+    def pieces(names: Sequence[str] | None) -> list[pa.Table]:
+        if names is None:
+            return [table]
+        return [table.select(names)] if set(names) <= set(table.column_names) else []
+
+    return write_manifest(base, pieces, replace(described, sources=tuple(sources)), rejected)
 
 
 def _shards(base: str, part: Part, split: str, sources: dict[SourceVersion, int]) -> pa.Table:
