@@ -70,7 +70,7 @@ def make_mix(
     """The work itself, without identity and tracking."""
     import numpy as np
 
-    from pipelines.corpus.commit import Description, current_etag, make_current
+    from pipelines.corpus.commit import Description, current_etag, make_current, one_writer
     from pipelines.corpus.errors import CorpusError
     from pipelines.corpus.manifest import corpus_base
     from pipelines.corpus.selection import repeat_factors, single_labels, whole_times
@@ -109,9 +109,11 @@ def make_mix(
         recipe={name: value for name, value in identity.deciding_fields(recipe).items() if name != "destination"},
     )
     parts = [Part(corpora[name], times[name], maps[name]) for name in corpora]
-    made = materialise(write_view(base, parts, described, []), recipe)
-    before_commit()
-    make_current(base, made.digest, current)
+    with one_writer(base) as check:
+        made = materialise(write_view(base, parts, described, []), recipe)
+        check()
+        before_commit()
+        make_current(base, made.digest, current)
     return made
 
 

@@ -113,42 +113,45 @@ def make_corpus(
     before_commit: Callable[[], None] = lambda: None,
 ) -> Corpus:
     """The work itself, without identity and tracking. `keep` takes over shards that an earlier attempt finished."""
-    from pipelines.corpus.commit import current_etag, make_current
+    from pipelines.corpus.commit import current_etag, make_current, one_writer
     from pipelines.corpus.grow import join_versions
     from pipelines.corpus.manifest import corpus_base, open_corpus
+    from pipelines.corpus.sources import open_source
 
+    source = source or open_source(recipe.source)
     base = corpus_base(recipe.destination)
     current = current_etag(base)
     parent = open_corpus(f"{base}@current") if recipe.append else None
-    corpus = write_shards(recipe, source, parent, keep=keep, before_commit=before_commit)
-    if parent is not None and corpus is not parent:
-        corpus = join_versions(parent, corpus)
-    make_current(base, corpus.digest, current)
+    planned = _plan(recipe, source, base, parent)
+    if planned is None:
+        assert parent is not None
+        say(f"shard: {recipe.source} has no usable image that {parent.reference} has not")
+        return parent
+    with one_writer(base) as check:
+        corpus = write_shards(recipe, *planned, keep=keep)
+        if parent is not None:
+            corpus = join_versions(parent, corpus)
+        check()
+        before_commit()
+        make_current(base, corpus.digest, current)
     return corpus
 
 
 def write_shards(
-    recipe: ShardRecipe,
-    source: Source | None = None,
-    parent: Corpus | None = None,
-    *,
-    keep: bool = True,
-    before_commit: Callable[[], None] = lambda: None,
+    recipe: ShardRecipe, plan: Plan | None = None, listing: pa.Table = None, *, keep: bool = True
 ) -> Corpus:
-    """Shards and their manifest, not made current: of the whole source, or of what the parent has not."""
+    """The shards of a plan and their manifest, not made current; without one that of the recipe."""
     from pipelines.corpus.commit import Records, commit
     from pipelines.corpus.manifest import corpus_base
     from pipelines.corpus.plan import freeze
     from pipelines.corpus.quarantine import check_fraction
     from pipelines.corpus.sources import open_source
 
-    source = source or open_source(recipe.source)
     base = corpus_base(recipe.destination)
-    entries, classes = _entries(recipe, source, parent)
-    if parent is not None and not len(entries) and not entries.rejected:
-        say(f"shard: {recipe.source} has nothing that {parent.reference} has not")
-        return parent
-    plan, listing = _plan(recipe, source, base, entries, classes)
+    if plan is None:
+        planned = _plan(recipe, open_source(recipe.source), base, None)
+        assert planned is not None
+        plan, listing = planned
     total = plan.samples + len(plan.rejected)
     check_fraction(plan.rejected, total, recipe.max_bad_fraction)
     freeze(plan, listing)
@@ -170,7 +173,6 @@ def write_shards(
             check_fraction(rejected, total, recipe.max_bad_fraction)
     if kept:
         say(f"shard: {kept} of {shards} shards were finished before and are kept")
-    before_commit()
     corpus = commit(
         base,
         records,
@@ -210,13 +212,15 @@ def _entries(recipe: ShardRecipe, source: Source, parent: Corpus | None) -> tupl
     return entries, (*old, *(name for name in found if name not in old))
 
 
-def _plan(
-    recipe: ShardRecipe, source: Source, base: str, entries: Entries, classes: tuple[str, ...] | None
-) -> tuple[Plan, pa.Table]:
+def _plan(recipe: ShardRecipe, source: Source, base: str, parent: Corpus | None) -> tuple[Plan, pa.Table] | None:
+    """The plan and its listing; None if the parent has everything."""
     from dataclasses import asdict
 
     from pipelines.corpus.plan import make_plan
 
+    entries, classes = _entries(recipe, source, parent)
+    if not len(entries):
+        return None
     return make_plan(
         base,
         entries,

@@ -61,7 +61,7 @@ def run(recipe: SubsetRecipe) -> StageResult:
 
 def make_subset(recipe: SubsetRecipe, corpus: Corpus, *, before_commit: Callable[[], None] = lambda: None) -> Corpus:
     """The work itself, without identity and tracking."""
-    from pipelines.corpus.commit import Description, current_etag, make_current
+    from pipelines.corpus.commit import Description, current_etag, make_current, one_writer
     from pipelines.corpus.manifest import corpus_base
     from pipelines.corpus.selection import (
         first_per_class,
@@ -91,10 +91,11 @@ def make_subset(recipe: SubsetRecipe, corpus: Corpus, *, before_commit: Callable
         recipe={name: value for name, value in identity.deciding_fields(recipe).items() if name != "destination"},
     )
     parts = [Part(corpus, {split: times if split == recipe.split else None for split in corpus.splits})]
-    made = write_view(base, parts, described, [])
-    made = materialise(made, recipe)
-    before_commit()
-    make_current(base, made.digest, current)
+    with one_writer(base) as check:
+        made = materialise(write_view(base, parts, described, []), recipe)
+        check()
+        before_commit()
+        make_current(base, made.digest, current)
     return made
 
 

@@ -81,7 +81,11 @@ def store_shard(made: Made) -> ShardRecord:
     uri = store.join(plan.base, "shards", shard.name)
     etag = ""
     if content.rows.num_rows:
-        etag = store.upload(made.data, uri) if isinstance(made.data, Path) else store.write(uri, made.data)
+        etag = (
+            store.upload(made.data, uri)
+            if isinstance(made.data, Path)
+            else store.write(uri, made.data, sha256=content.sha256)
+        )
     rows = f"plans/{plan.digest}/shards/{made.number:06d}.parquet"
     write_table(store.join(plan.base, rows), content.rows)
     record = ShardRecord(

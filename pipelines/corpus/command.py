@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pipelines import identity, store
+from pipelines import store
 from pipelines.corpus.errors import CorpusError
 from pipelines.progress import say
 
@@ -39,11 +39,12 @@ def _lines(path: str) -> list[str]:
 
 
 def _exclude(name: str, listed: list[str], path: str) -> None:
+    from pipelines.corpus.commit import one_writer
     from pipelines.corpus.grow import exclude
     from pipelines.corpus.manifest import corpus_base
 
     base = corpus_base(name.removesuffix("@current"))
-    with identity.lease(store.join(base, "lease.json"), f"corpus {name}"):
+    with one_writer(base):
         made = exclude(f"{base}@current", listed, path)
     counts = ", ".join(f"{split} {count:,}" for split, count in made.splits.items())
     say(f"{made.uri}@{made.digest[:12]}: {made.head.rejected.get('withdrawn', 0):,} images withdrawn; {counts}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipelines import store
+from pipelines import identity, store
 from pipelines.corpus.errors import CorpusError, QuarantineError
 from pipelines.corpus.head import Head, SourceVersion
 from pipelines.corpus.layout import digest_shards
@@ -28,6 +29,7 @@ __all__ = [
     "commit",
     "current_etag",
     "make_current",
+    "one_writer",
     "order_splits",
     "write_manifest",
     "write_table",
@@ -49,6 +51,19 @@ class Description:
     sources: tuple[SourceVersion, ...] = ()
     source: str = ""
     recipe: Mapping[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def one_writer(base: str) -> Iterator[Callable[[], None]]:
+    """Hold the lease of a destination. Gives the check to be made before a commit. Raises CorpusError if it is held."""
+    with ExitStack() as stack:
+        try:
+            held = stack.enter_context(identity.lease(store.join(base, "lease.json"), f"corpus {base}"))
+        except identity.Held as error:
+            raise CorpusError(
+                f"{error}, which writes to it now; run the same command again when it has ended"
+            ) from None
+        yield held.check
 
 
 def current_etag(base: str) -> str | None:

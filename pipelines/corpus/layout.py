@@ -160,7 +160,7 @@ def _layout(file: Any, chunks: Chunks, splits: Sequence[str]) -> Layout:
 
 
 def _lines(table: pa.Table) -> list[str]:
-    """ "\\nSHA256 SPLIT SAMPLES" of each shard."""
+    """A line for each shard, which begins with its end-of-line."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
