@@ -6,11 +6,10 @@ import hashlib
 import io
 import json
 import tarfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
-
-import numpy as np
 
 from pipelines.corpus.pages import close_pages
 
@@ -87,7 +86,8 @@ class _Stream:
         header[: len(name)] = name
         header[124:136] = b"%011o\0" % member.size
         header[148:156] = b" " * 8  # As which the checksum counts itself.
-        header[148:156] = b"%06o\0 " % int(np.frombuffer(header, np.uint8).sum())
+        # The sum of the bytes: the lower half of Adler-32 is 1 + sum, and 512 bytes of ASCII stay below its modulus.
+        header[148:156] = b"%06o\0 " % ((zlib.adler32(header) & 0xFFFF) - 1)
         return bytes(header)
 
     def _write(self, data: bytes | memoryview) -> None:
