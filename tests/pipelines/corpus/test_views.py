@@ -22,7 +22,7 @@ from pipelines.shard import ShardRecipe, make_corpus
 from pipelines.subset import SubsetRecipe, make_subset
 from vit_model.preprocess import InputSpec
 
-from .inputs import class_folders, picture
+from .inputs import class_folders, picture, tar_bytes
 
 GREY = InputSpec(channels=1, height=8, width=8, mean=(0.5,), std=(0.5,))
 
@@ -212,6 +212,44 @@ def test_new_images_are_appended_as_a_version_and_nothing_is_written_twice(tmp_p
     last = exclude(grown.reference, ["owl/0000.png"])
     assert last.head.parent == grown.digest and sum(last.splits.values()) == 57
     check_reading(last)
+
+
+def test_adopted_tars_that_name_their_classes_can_be_mixed_and_withdrawn(tmp_path: Path) -> None:
+    from pipelines.index import IndexRecipe, adopt_tars
+
+    def adopted(name: str, classes: str) -> Corpus:
+        (tmp_path / name).mkdir()
+        for tar in range(2):
+            members = []
+            for i in range(12):
+                members += [(f"{i:03d}.cls", classes[i % 3].encode()), (f"{i:03d}.png", picture(i + 100 * tar))]
+            (tmp_path / name / f"train-{tar}.tar").write_bytes(tar_bytes(members))
+        return adopt_tars(IndexRecipe(source=str(tmp_path / name), num_workers=0)).corpus
+
+    one, two = adopted("one", "abc"), adopted("two", "xby")
+    parts = {"one": MixPart(corpus=one.reference, classes={"a": "b", "c": "c"}), "two": MixPart(corpus=two.reference)}
+    mixed = make_mix(
+        MixRecipe(corpora=parts, destination=str(tmp_path / "m"), materialise="never"), {"one": one, "two": two}
+    )
+    assert mixed.class_names == ("b", "c", "x", "y") and mixed.splits == {"train": 16 + 24}
+    check_reading(mixed)
+    made = exclude(one.reference, [one.samples("train")["key"][0].as_py()])
+    assert made.splits["train"] < 24
+    check_reading(made)
+
+
+def test_the_command_withdraws_images_and_shows_versions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from pipelines.corpus.command import main
+
+    corpus = write(tmp_path / "c")
+    (tmp_path / "list.txt").write_text(f"{paths(corpus)[7]}\n\n")
+    assert main(["exclude", str(tmp_path / "c"), str(tmp_path / "list.txt")], lambda: None) == 0
+    assert main(["versions", str(tmp_path / "c")], lambda: None) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "1 images withdrawn" in lines[0] and lines[1].startswith(corpus.digest[:12]) and lines[2].endswith("current")
+    for wrong, words in (["exclude", "x"], "usage"), (["exclude", str(tmp_path / "c"), "/none"], "cannot read /none"):
+        with pytest.raises(CorpusError, match=words):
+            main(wrong, lambda: None)
 
 
 # The choices themselves ---------------------------------------------------------------------------------------------
