@@ -119,10 +119,11 @@ def _stage(stage: str) -> Callable[[list[str], Flags], int]:
         else:
             recipe = parse(recipe_class(stage), arguments, prog=f"vit {stage}")
             ensure_stack()
+        from pipelines.workflow.again import TOKEN_VARIABLE, again
         from pipelines.workflow.report import say_result
-        from pipelines.workflow.runner import again, run_stage_named
+        from pipelines.workflow.runner import run_stage_named
 
-        with again(flags.again):
+        with again(flags.again, os.environ.get(TOKEN_VARIABLE)):
             outcome = run_stage_named(stage, recipe)
         say_result(outcome)
         return exit_code(stage, outcome.result)
@@ -143,8 +144,8 @@ def _stored_recipe(stage: str, arguments: list[str]) -> Any:
 
 
 def _run(arguments: list[str], flags: Flags) -> int:
+    from pipelines.workflow.again import again
     from pipelines.workflow.report import duration, say_step
-    from pipelines.workflow.runner import again
     from pipelines.workflow.spec import load_workflow, merged
 
     name, values = _workflow_arguments("run", arguments)

@@ -1,4 +1,4 @@
-"""`vit why RECIPE`: what is finished, running or missing, and how it differs from the nearest former run."""
+"""`vit why RECIPE`: what is finished, running, lost or missing, and how it differs from the nearest former run."""
 
 from __future__ import annotations
 
@@ -110,6 +110,9 @@ def describe(label: str, planned: Plan, recipe: Any) -> Iterator[str]:
             return
         case "running":
             yield f"{label}  running     {digest}  held by {planned.holder}"
+        case "lost":
+            yield f"{label}  lost        {digest}  {planned.problem}; the same command makes it again"
+            return
         case "unfinished":
             yield f"{label}  unfinished  {digest}  nobody is at it; the same command resumes"
         case "missing":
