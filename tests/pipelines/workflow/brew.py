@@ -40,6 +40,9 @@ def run(recipe: BrewRecipe) -> StageResult:
                 raise ValueError("the kettle is cold; heat it first")
             case "sleep":
                 time.sleep(60)
+            case "interrupt once" if (stop := Path(f"{recipe.notes}.{recipe.minutes}")).exists():
+                stop.unlink()
+                raise KeyboardInterrupt
             case "interrupt":
                 raise KeyboardInterrupt
             case "away":
