@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "TrainingRecipe",
     "check_splits",
+    "engine_tag",
     "log_pictures",
     "metrics_of",
     "model_config",
@@ -79,6 +80,13 @@ def check_splits(recipe: TrainingRecipe, corpus: Corpus) -> None:
             known = ", ".join(f"{name} ({count:,})" for name, count in corpus.splits.items())
             off = "; null switches it off" if field != "split" else ""
             raise ValueError(f"{field}={split!r} is no split of {corpus.uri}; it has {known}{off}")
+
+
+def engine_tag() -> dict[str, str]:
+    """For the MLflow run: what decodes its images."""
+    from pipelines.reader.decode import engine_version
+
+    return {"vit.decode_engine": engine_version()}
 
 
 def model_config(config: SizeConfig, resolution: int, **overrides: Any) -> ModelConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 import socket
@@ -292,6 +293,8 @@ class Session:
         with tempfile.TemporaryDirectory(prefix="vit-export-") as folder:
             path = Path(folder) / WEIGHTS
             self._export(path)
+            with path.open("rb") as file:
+                outcome["weights_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
             attempt.check()
             store.upload(path, outcome["weights"])
             if self._measured is not None and self._measured.samples:
