@@ -69,7 +69,7 @@ class TrainingRecipe(Protocol):
 
 
 def check_splits(recipe: TrainingRecipe, corpus: Corpus) -> None:
-    """The splits that the recipe names must be there, before anything starts."""
+    """The splits that the recipe names must be there and fit its budget, before anything starts."""
     named = {
         "split": recipe.split,
         "validation.split": recipe.validation.split,
@@ -80,6 +80,7 @@ def check_splits(recipe: TrainingRecipe, corpus: Corpus) -> None:
             known = ", ".join(f"{name} ({count:,})" for name, count in corpus.splits.items())
             off = "; null switches it off" if field != "split" else ""
             raise ValueError(f"{field}={split!r} is no split of {corpus.uri}; it has {known}{off}")
+    recipe.schedule.check(recipe.train.steps(corpus.splits[recipe.split]))
 
 
 def engine_tag() -> dict[str, str]:
@@ -129,7 +130,6 @@ def train_model(
     num_workers, use_gpu = count_workers(recipe.workers)
     num_images = corpus.splits[recipe.split]
     total_steps = recipe.train.steps(num_images)
-    recipe.schedule.check(total_steps)
     batch_size, num_classes = recipe.train.batch_size, len(corpus.class_names)
     # At least two, so that one worker and two see the same order.
     lanes = choose_lanes(corpus.pages(recipe.split), batch_size, max(2, num_workers), recipe.lanes)
