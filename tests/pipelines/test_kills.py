@@ -26,7 +26,7 @@ from tests.pipelines.worlds import levels_corpus, register_threshold
 pytestmark = pytest.mark.stack
 ROOT = Path(__file__).parent.parent.parent
 
-# `vit STAGE RECIPE`, killed when it calls MODULE.NAME for an object whose address ends in ENDING.
+# A stage in a process of its own, killed when it calls MODULE.NAME for an object whose address ends in ENDING.
 COMMAND = """
 import importlib, os, signal, sys
 stage, recipe, module, name, ending = sys.argv[1:]
@@ -39,8 +39,9 @@ def kill(*args, **options):
     return inner(*args, **options)
 
 setattr(owner, name, kill)
-from pipelines.cli import main
-sys.exit(main([stage, recipe]))
+from pipelines.config import load_recipe
+from pipelines.workflow.stages import recipe_class, stage_run
+stage_run(stage)(load_recipe(recipe_class(stage), recipe))
 """
 
 

@@ -16,7 +16,6 @@ from pipelines.config import RecipeError
 from pipelines.workflow import schedules
 from pipelines.workflow.home import dagster_home
 from pipelines.workflow.spec import load_workflow
-from tests.pipelines.tracking.toys import own_root
 
 FLOW = """
 name: by_the_clock
@@ -54,6 +53,12 @@ def listening(process: psutil.Process) -> list[str]:
     ]
 
 
+def leases() -> set[str]:
+    """Of finetune runs that have begun."""
+    found = store.list_objects(store.join(identity.runs(), "finetune"))
+    return {info.uri for info in found if info.uri.endswith("/lease.json")}
+
+
 def finished(instance: dagster.DagsterInstance, count: int, home: Path, seconds: float = 400) -> list[str]:
     """Status of the runs, oldest first, once so many have ended."""
     deadline = time.monotonic() + seconds
@@ -69,11 +74,11 @@ def finished(instance: dagster.DagsterInstance, count: int, home: Path, seconds:
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("no_daemon_left")
 def test_a_finetune_fires_by_the_clock_and_registers_one_version_also_after_a_reboot(
-    stack: Endpoints, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    stack: Endpoints, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from mlflow.tracking import MlflowClient
 
-    own_root(monkeypatch)
+    before = leases()
     name = f"clock-{tmp_path.name[-8:].strip('0_') or 'x'}-{int(time.time())}"
     path = tmp_path / "flow.yaml"
     path.write_text(FLOW.format(photos=photos, name=name))
@@ -83,7 +88,7 @@ def test_a_finetune_fires_by_the_clock_and_registers_one_version_also_after_a_re
     assert pid is not None
     with dagster.DagsterInstance.from_config(str(home)) as instance:
         deadline = time.monotonic() + 200
-        while not list(store.list_objects(store.join(identity.runs(), "finetune"))):
+        while leases() == before:
             assert time.monotonic() < deadline, (home / "daemon.log").read_text()[-3000:]
             time.sleep(0.2)
         assert not listening(psutil.Process(pid))
