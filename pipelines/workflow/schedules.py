@@ -233,31 +233,33 @@ def _stop_daemon(home: Path) -> bool:
     if pid is None:
         return False
     family = list(_family(psutil.Process(pid)))
+    going = _runs(home, [process.pid for process in family])
     family[0].send_signal(signal.SIGTERM)
+    working = [process for process in family if process.pid in going]
+    for process in working:
+        process.terminate()  # A stage takes this as Ctrl-C: it ends on a checkpoint and gives its lease back.
+    if working:
+        named = ", ".join(f"run {going[process.pid]} (process {process.pid})" for process in working)
+        say(f"waiting for {named}: a training stores a checkpoint and ends, at most {STOP_SECONDS:.0f} s")
+        psutil.wait_procs(working, timeout=STOP_SECONDS)
     psutil.wait_procs(family[:1], timeout=DAEMON_SECONDS)
     _, alive = psutil.wait_procs(family, timeout=1)
     for process in alive:
-        process.terminate()  # A stage takes this as Ctrl-C: it ends on a checkpoint and gives its lease back.
-    _, alive = psutil.wait_procs(alive, timeout=2)
-    if working := [f"run {run} (process {pid})" for run, pid in _runs(home, [process.pid for process in alive])]:
-        say(f"waiting for {', '.join(working)}: a training stores a checkpoint and ends, at most {STOP_SECONDS:.0f} s")
-    _, alive = psutil.wait_procs(alive, timeout=STOP_SECONDS if working else DAEMON_SECONDS)
+        process.terminate()
+    _, alive = psutil.wait_procs(alive, timeout=DAEMON_SECONDS)
     for process in alive:
         log.warning("process %d of the scheduler did not end in time; killed", process.pid)
         process.kill()
     return True
 
 
-def _runs(home: Path, pids: Sequence[int]) -> Iterator[tuple[str, int]]:
-    """(run, process) of the unfinished runs that these processes work on."""
+def _runs(home: Path, pids: Sequence[int]) -> dict[int, str]:
+    """The unfinished runs that these processes work on, by process."""
     import dagster
 
-    if pids:
-        with dagster.DagsterInstance.from_config(str(home)) as instance:
-            for run in unfinished_runs(instance):
-                pid = process_of(run)
-                if pid is not None and pid in pids:
-                    yield run.run_id[:8], pid
+    with dagster.DagsterInstance.from_config(str(home)) as instance:
+        found = {process_of(run): str(run.run_id[:8]) for run in unfinished_runs(instance)}
+    return {pid: run for pid, run in found.items() if pid is not None and pid in pids}
 
 
 def _family(process: Any) -> Iterator[Any]:
