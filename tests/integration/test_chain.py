@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from pipelines import store
+from pipelines.cli import main
 from pipelines.config import find_recipe
 from pipelines.identity import find_result
 from pipelines.why import main as why
@@ -73,6 +74,17 @@ def test_a_lost_result_makes_exactly_that_stage_run_again(first: dict[str, Any],
     second = run(images, "--plain")
     assert [name for name, outcome in second.items() if not outcome.result.reused] == [lost]
     assert second[lost].result.uri.split("/attempts/")[0] == result.uri.split("/attempts/")[0]
+
+
+def test_a_refused_promotion_ends_cleanly_with_predict_not_run(
+    first: dict[str, Any], images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["run", "workflows/smoke", "--shard.source", str(images), "--promote.minimum", "0.999"]
+    given += ["--promote.alias", "flawless", "--predict.images", str(images / "digit-1"), "--predict.split", "null"]
+    assert main(given) == 3
+    told = capsys.readouterr()
+    assert "below the minimum 0.999" in told.out
+    assert "step predict was not run: nothing was promoted" in told.err
 
 
 def test_why_says_what_is_finished_and_what_differs(
