@@ -191,6 +191,7 @@ def figures(summary: Summary) -> dict[str, object]:
     return {
         "seconds": round(summary.seconds, 2),
         "exit_code": summary.exit_code,
+        "stand_in": summary.stand_in,
         "claims": claims,
         "steps": steps,
         "not_run": dict(summary.not_run),
