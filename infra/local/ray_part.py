@@ -116,6 +116,7 @@ def _environment(launch: Launch) -> dict[str, str]:
         "RAY_idle_worker_killing_time_threshold_ms": "60000",
         # One machine: there is no node whose loss could be foreseen, and the watcher is a process of its own.
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # The end of a run is seen this often; 2 s of each otherwise.
         # A dead dataset's claim on the cluster would block the next one for 180 s.
         "RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "30",
         "RAY_ROTATION_MAX_BYTES": str(16 << 20),
