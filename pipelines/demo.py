@@ -18,6 +18,8 @@ from pipelines.workflow.stages import nearest
 
 __all__ = ["main", "sample_values"]
 
+# 0.895 was measured on digits after the stand-in, 0.749 from scratch: it teaches less than Fashion-MNIST.
+STAND_IN_MINIMUM = 0.75
 IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 Values = dict[str, dict[str, Any]]
 
@@ -136,11 +138,14 @@ def sample_values(folder: Path | None) -> tuple[Values, str, bool]:
     samples.mkdir(exist_ok=True)
     fashion, told = fashion_mnist(samples)
     downstream = folder or digits(samples)
+    is_stand_in = fashion.name != "fashion-mnist"
     values: Values = {
         "shard_fashion": {"source": str(fashion)},
         "shard_digits": {"source": str(downstream)},
         "predict": {"images": str(downstream)},
     }
+    if is_stand_in:
+        values["promote"] = {"minimum": STAND_IN_MINIMUM}
     if folder is not None:
         name = re.sub(r"[^a-z0-9]+", "-", folder.name.lower()).strip("-") or "own"
         values["shard_digits"] |= {"destination": name, "splits": _missing_splits(folder)}
@@ -148,7 +153,7 @@ def sample_values(folder: Path | None) -> tuple[Values, str, bool]:
         values["scratch"] = {"register_as": f"{name}-scratch"}
         # How hard the task is nobody knows: the first champion need only beat guessing.
         values["promote"] = {"minimum": 1 / len(_classes(folder))}
-    return values, told, fashion.name != "fashion-mnist"
+    return values, told, is_stand_in
 
 
 def _downstream(folder: Path | None) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from pipelines.cli import main as cli_main
-from pipelines.demo import _missing_splits, _parse
+from pipelines.demo import _missing_splits, _parse, sample_values
+from pipelines.workflow.spec import load_workflow
 
 
 @pytest.mark.parametrize(
@@ -57,3 +58,21 @@ def test_splits_that_the_folder_has_are_kept_and_the_others_are_cut_from_train(
     for name in folders:
         (tmp_path / name).mkdir()
     assert _missing_splits(tmp_path) == (pytest.approx(splits) if splits else None)
+
+
+def test_without_fashion_mnist_the_gate_asks_for_less_and_with_own_images_for_more_than_guessing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("cats/1.png", "dogs/1.png", "owls/1.png", "emus/1.png"):
+        (tmp_path / "My Pets" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "My Pets" / name).write_bytes(b"x")
+    monkeypatch.setenv("VIT_STATE", str(tmp_path / "state"))
+    monkeypatch.setenv("PATH", "")  # No apt.
+    monkeypatch.setattr("pipelines.corpus.samples.INSTALLED", tmp_path / "nothing")
+    values, told, is_stand_in = sample_values(None)
+    assert is_stand_in and "stand-in" in told
+    assert values["promote"] == {"minimum": 0.75} and values["shard_fashion"]["source"].endswith("photo-crops")
+    values, _, _ = sample_values(tmp_path / "My Pets")
+    assert values["promote"] == {"minimum": 0.25}
+    assert values["finetune"] == {"register_as": "my-pets"} and values["shard_digits"]["destination"] == "my-pets"
+    load_workflow("demo", values)  # Every name and value fits the recipes.
