@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pipelines import shard, store
-from pipelines.config import from_dict
+from pipelines.config import from_dict, load_recipe
 from pipelines.corpus.errors import ManifestError, SourceError
 from pipelines.corpus.manifest import open_corpus
 from pipelines.shard import ShardRecipe, make_corpus
@@ -82,8 +82,8 @@ def test_killed_on_ray_at_a_random_moment_the_same_command_ends_with_the_same_co
     assert second.returncode == 0, f"killed after {after:.2f} s: {second.stdout}{second.stderr}"
     corpus = open_corpus(f"{name}@current")
     here = {**values, "destination": str(tmp_path / "whole"), "num_workers": 0}
-    whole = make_corpus(from_dict(ShardRecipe, here))
+    whole = make_corpus(load_recipe(ShardRecipe, "shard/class_folders", here))
     assert corpus.digest == whole.digest, f"killed after {after:.2f} s"
     tars = {item.uri.rsplit("/", 1)[1]: item.size for item in store.list_objects(store.join(base, "shards"))}
     assert tars == {Path(corpus.shard_uri(i)).name: one.bytes for i, one in enumerate(corpus.shards)}
-    assert shard.run(from_dict(ShardRecipe, values)).reused
+    assert shard.run(load_recipe(ShardRecipe, "shard/class_folders", values)).reused
