@@ -59,8 +59,8 @@ def _on_gpus(count: int | None, shown: int, can_grow: bool) -> Placement:
         return Placement(count or shown, True, f"the cluster shows {_gpus(shown)}")
     if not can_grow:
         raise ValueError(
-            f"workers.device=cuda with workers.count={count or 1}: Ray shows {_gpus(shown)} on this machine; take "
-            "workers.device: auto or cpu here, or point RAY_ADDRESS at a cluster with GPUs"
+            f"workers.device=cuda{f', workers.count={count}' if count else ''}: Ray shows {_gpus(shown)} on this "
+            "machine; take workers.device: auto or cpu here, or point RAY_ADDRESS at a cluster with GPUs"
         )
     if count is None:
         raise ValueError(

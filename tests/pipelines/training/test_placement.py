@@ -42,7 +42,12 @@ def test_the_recipe_and_the_cluster_decide(
         ({"count": 8}, 4, False, "workers.count=8 is more than the cluster's 4 GPUs; nearest: 4"),
         ({"count": 8}, 4, True, "nearest: 4; workers.device: cuda waits until the cluster has grown"),
         ({"device": "cuda"}, 0, True, "say how many to wait for, as in workers.count: 8"),
-        ({"device": "cuda"}, 0, False, "Ray shows no GPU on this machine; take workers.device: auto or cpu here"),
+        (
+            {"device": "cuda"},
+            0,
+            False,
+            "workers.device=cuda: Ray shows no GPU on this machine; take workers.device: auto or cpu here",
+        ),
         ({"device": "cuda", "count": 2}, 1, False, "workers.count=2: Ray shows 1 GPU on this machine"),
     ],
 )
