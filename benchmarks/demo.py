@@ -31,7 +31,7 @@ MEMORY_SECONDS = 3.0  # Between two looks at the memory; one costs some millisec
 QUICK_WORKFLOW = """\
 name: quick
 steps:
-  shard: {stage: shard, recipe: smoke/shard}
+  shard: {stage: shard, recipe: smoke/shard, set: {num_workers: 0}}
   pretrain: {stage: pretrain, recipe: smoke/pretrain, inputs: {corpus: shard}}
 """
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", ".vit", "__pycache__", ".*_cache", "*.egg-info", "bench-results")
