@@ -132,6 +132,7 @@ def parse(cls: type[T], argv: Sequence[str], prog: str = "vit") -> T:
     default = load_recipe(cls, name)
     if not flags:
         return default
+    flags = [re.sub(r"^(--[^=]+=)?null$", r"\g<1>None", word) for word in flags]  # YAML's word for it, as in recipes.
     parsed = tyro.cli(cls, prog=f"{prog} {name}", args=flags, default=default, config=(tyro.conf.AvoidSubcommands,))
     # Through the checks again: tyro builds the object itself and knows no pydantic constraint.
     return from_dict(cls, to_dict(parsed), f"{name} {' '.join(flags)}")

@@ -158,7 +158,11 @@ def readme_paths() -> list[str]:
     )
 
 
-def test_the_readme_map_leads_to_files_that_exist() -> None:
+def test_the_readme_map_has_twelve_rows_and_leads_to_files_that_exist() -> None:
+    text = (ROOT / "README.md").read_text().split("## Where do I change", 1)[1].split("\n## ", 1)[0]
+    rows = [line for line in text.splitlines() if line.startswith("|")][2:]  # After the head and its rule.
+    assert len(rows) == 12
+    assert all("`" in row.split("|")[2] for row in rows)
     paths = readme_paths()
     assert len(paths) >= 12
     missing = [path for path in paths if not (ROOT / path).exists()]

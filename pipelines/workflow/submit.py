@@ -96,6 +96,8 @@ def client() -> Any:
     address = os.environ.get("VIT_RAY_JOBS")
     if not address:
         raise ValueError("VIT_RAY_JOBS is not set; give the URL of the cluster's dashboard, or start one: vit up")
+    for name in ("ray._private.runtime_env", "ray.dashboard.modules"):  # Seven lines on what is not uploaded.
+        logging.getLogger(name).setLevel(logging.ERROR)
     return JobSubmissionClient(address)
 
 

@@ -70,6 +70,12 @@ def test_a_recipe_and_flags_make_one_object(tmp_path: Path) -> None:
     assert load_recipe(Recipe, write(tmp_path, to_yaml(recipe))) == recipe
 
 
+@pytest.mark.parametrize("flags", [["--minimum", "null"], ["--minimum=null"], ["--minimum", "None"]])
+def test_a_flag_takes_null_as_a_recipe_does(tmp_path: Path, flags: list[str]) -> None:
+    path = write(tmp_path, "corpus: a\nminimum: 0.5\n")
+    assert parse(Recipe, [str(path), *flags]).minimum is None
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

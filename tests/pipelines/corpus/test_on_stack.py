@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -11,9 +14,9 @@ from typing import Any
 import pytest
 
 from pipelines import shard, store
-from pipelines.config import from_dict
+from pipelines.config import from_dict, load_recipe
 from pipelines.corpus import build as build_module
-from pipelines.corpus.errors import SourceError
+from pipelines.corpus.errors import ManifestError, SourceError
 from pipelines.corpus.manifest import open_corpus
 from pipelines.shard import ShardRecipe, make_corpus
 from pipelines.workflow.planning import plan
@@ -116,3 +119,37 @@ def test_an_again_that_is_resumed_keeps_the_shards_it_has_made_and_no_others(
     assert made == [0]
     interrupted_at = -1
     assert build(3, 4) == everything[1:]
+
+
+@pytest.mark.stack
+def test_killed_on_ray_at_a_random_moment_the_same_command_ends_with_the_same_corpus(
+    tmp_path: Path, stack: Any, record_property: Any
+) -> None:
+    """SIGKILL of the driver while Ray tasks write shards; they may go on for a moment, beside the second command."""
+    folder = class_folders(tmp_path / "s", {"cat": 150, "dog": 150})
+    name = f"test-kill-{os.getpid()}-{time.time_ns()}"
+    values: dict[str, Any] = {"source": str(folder), "destination": name, "shard_bytes": 3000}
+    flags = [word for key, value in values.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    command = [sys.executable, "-m", "pipelines", "shard", "shard/class_folders", *flags]
+    base = store.join(store.root(), "corpora", name)
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while not list(store.list_objects(store.join(base, "plans"))) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    after = random.uniform(0.0, 6.0)  # The whole run takes about as long from here.
+    record_property("killed_after_seconds", after)
+    time.sleep(after)
+    first.kill()
+    first.communicate()
+    if not store.exists(store.join(base, "current.json")):
+        with pytest.raises(ManifestError):
+            open_corpus(f"{name}@current")
+    second = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert second.returncode == 0, f"killed after {after:.2f} s: {second.stdout}{second.stderr}"
+    corpus = open_corpus(f"{name}@current")
+    here = {**values, "destination": str(tmp_path / "whole"), "num_workers": 0}
+    whole = make_corpus(load_recipe(ShardRecipe, "shard/class_folders", here))
+    assert corpus.digest == whole.digest, f"killed after {after:.2f} s"
+    tars = {item.uri.rsplit("/", 1)[1]: item.size for item in store.list_objects(store.join(base, "shards"))}
+    assert tars == {Path(corpus.shard_uri(i)).name: one.bytes for i, one in enumerate(corpus.shards)}
+    assert shard.run(load_recipe(ShardRecipe, "shard/class_folders", values)).reused
