@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vit_model.config import HeadKind, ViTConfig
-from vit_model.encoder import Mlp
+from vit_model.encoder import Mlp, attend_without_keys, keeps_precision
+from vit_model.linear import Linear
 from vit_model.shapes import Float
 
 
@@ -38,17 +39,20 @@ class AttentionPool(nn.Module):
         super().__init__()
         self.num_heads = config.num_heads
         self.probe = nn.Parameter(torch.empty(1, 1, config.width))
-        self.query = nn.Linear(config.width, config.width)
-        self.key_value = nn.Linear(config.width, 2 * config.width)
-        self.out = nn.Linear(config.width, config.width)
+        self.query = Linear(config.width, config.width)
+        self.key_value = Linear(config.width, 2 * config.width)
+        self.out = Linear(config.width, config.width)
         self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         self.mlp = Mlp(config)
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B D"]:
         B, N, D = x.shape
-        q = self.query(self.probe).view(1, 1, self.num_heads, -1).expand(B, -1, -1, -1)
-        k, v = self.key_value(x).view(B, N, 2, self.num_heads, -1).unbind(2)
-        x = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, A, 1, D/A)
+        q = self.query(self.probe).view(1, 1, self.num_heads, -1)
+        if keeps_precision(x):
+            x = attend_without_keys(q, x, self.key_value.weight, self.key_value.bias)
+        else:
+            k, v = self.key_value(x).view(B, N, 2, self.num_heads, -1).transpose(1, 3).unbind(2)  # (B, A, N, D/A) each
+            x = F.scaled_dot_product_attention(q.expand(B, -1, -1, -1).transpose(1, 2), k, v)  # (B, A, 1, D/A)
         x = self.out(x.reshape(B, D))
         x = x + self.mlp(self.norm(x))
         return x

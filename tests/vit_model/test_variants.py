@@ -88,7 +88,7 @@ def norm_operations(config) -> int:
     import torch
     from torch import nn
 
-    from vit_model.stem import StdConv2d
+    from vit_model.std_conv import StdConv2d
 
     total = 0
 
