@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 Resolution = int | tuple[int, int]
-HeadKind = Literal["linear", "mlp"]
+HeadKind = Literal["linear", "mlp", "distilled"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

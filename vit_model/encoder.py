@@ -61,7 +61,8 @@ class Attention(nn.Module):
         q_bias, kv_bias = (None, None) if self.qkv.bias is None else torch.split(self.qkv.bias, [D, 2 * D])
         q = F.linear(x[:, :1], q_weight, q_bias).view(B, 1, self.num_heads, -1)
         if self.q_norm is None and not (self.dropout and self.training) and keeps_precision(x):
-            return self.out(attend_without_keys(q, x, kv_weight, kv_bias))
+            x = self.out(attend_without_keys(q, x, kv_weight, kv_bias))
+            return x
         k, v = linear(x, kv_weight, kv_bias).view(B, N, 2, self.num_heads, -1).unbind(2)
         x = self.out(self.attend(q, k, v).reshape(B, 1, D))
         return x
@@ -84,15 +85,15 @@ def attend_without_keys(
 ) -> Float[Tensor, "B 1 D"]:
     """Attention of one query per image, or of one (Q = 1) for all, to tokens whose keys and values nobody else reads.
 
-    softmax(q (x K)') (x V) = (softmax((q K') x') x) V: 2 N D D multiplications per image become 2 N D heads. The keys' bias
-    moves all scores of a query alike, which the softmax does not see.
+    softmax(q (x K)') (x V) = (softmax((q K') x') x) V: 2 N D D multiplications per image become 2 N D heads. The keys'
+    bias moves all scores of a query alike, which the softmax does not see.
     """
     heads, head_dim = q.shape[2:]
     k_weight, v_weight = kv_weight.view(2, heads, head_dim, -1)  # (A, d, D) each
     folded = (q[:, 0].transpose(0, 1) * head_dim**-0.5) @ k_weight  # (A, B, D)
     probabilities = (folded.transpose(0, 1) @ x.transpose(1, 2)).softmax(dim=-1)  # (B, A, N)
     seen = (probabilities @ x).transpose(0, 1)  # (A, B, D)
-    values = (seen @ v_weight.transpose(1, 2)).transpose(0, 1).reshape(x.shape[0], 1, -1)
+    values: Tensor = (seen @ v_weight.transpose(1, 2)).transpose(0, 1).reshape(x.shape[0], 1, -1)
     return values if kv_bias is None else values + kv_bias.chunk(2)[1]
 
 

@@ -27,11 +27,13 @@ class Linear(nn.Linear):
 def linear(x: Float[Tensor, "*B D"], weight: Float[Tensor, "E D"], bias: Tensor | None) -> Float[Tensor, "*B E"]:
     """F.linear; on AMD CPUs in float32 through oneDNN.
 
-    PyTorch multiplies float32 matrices with MKL. On an AMD EPYC (AVX-512) oneDNN is 5 to 10 % faster forward and 10 % in
-    the gradient of x, and it adds the bias while it multiplies; on Intel's CPUs MKL is not slower.
+    PyTorch multiplies float32 matrices with MKL. On an AMD EPYC (AVX-512) oneDNN is 5 to 10 % faster forward, 10 % in
+    the gradient of x, and adds the bias as it multiplies. MKL is made for Intel's CPUs and stays in use there.
     """
     if onednn_suits(x, weight):
-        product: Tensor = OneDnnLinear.apply(x, weight, bias) if torch.is_grad_enabled() else onednn(x, weight, bias)
+        if not torch.is_grad_enabled():
+            return onednn(x, weight, bias)
+        product: Tensor = OneDnnLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return product
     return F.linear(x, weight, bias)
 
@@ -45,7 +47,7 @@ def onednn_suits(x: Tensor, weight: Tensor) -> bool:
         and x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.numel() * weight.shape[0] >= SMALLEST_PRODUCT
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and not is_observed()
     )
 
@@ -53,7 +55,8 @@ def onednn_suits(x: Tensor, weight: Tensor) -> bool:
 @functools.cache
 def prefers_onednn() -> bool:
     """By the maker of the CPU and not by a stopwatch: a run that resumes must compute as it did before."""
-    has_kernel = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    has_kernel = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    has_kernel = has_kernel and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return has_kernel and torch.backends.cpu.get_cpu_capability() == "AVX512" and cpu_vendor() == "AuthenticAMD"
 
 
@@ -67,7 +70,7 @@ def is_observed() -> bool:
     """Autocast, tracing, FLOP counters and function transforms must see the usual operator."""
     return (
         torch.is_autocast_enabled("cpu")
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.maybe_current_level() is not None
         or torch.autograd.forward_ad._current_level >= 0

@@ -35,7 +35,7 @@ class StdConv2d(nn.Conv2d):
         weight = self.weight.flatten(1)
         if self.eps_on == "variance":
             return F.layer_norm(weight, weight.shape[1:], eps=self.eps).view_as(self.weight)
-        standardized: Tensor = DivideByStd.apply(weight, self.eps)
+        standardized: Tensor = DivideByStd.apply(weight, self.eps)  # type: ignore[no-untyped-call]
         return standardized.view_as(self.weight)
 
 

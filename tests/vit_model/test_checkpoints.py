@@ -26,6 +26,7 @@ from vit_model import (
     read_specs,
     save_weights,
 )
+from vit_model.position import resize_patch_kernel
 
 SUFFIX = {
     "native": "weights.safetensors",
@@ -281,6 +282,47 @@ def test_relatives_of_timm_are_understood(tmp_path):
     loaded = load_model(tmp_path / "deit.pth", num_heads=2).eval()
     x = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(loaded(x).logits, model(x).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_deits_distillation_token_and_second_head_are_read_and_written(tmp_path):
+    path = tmp_path / "deit.safetensors"
+    model = randomize(build_model(small(num_registers=1), 5, "distilled"))
+    save_weights(model, path, "timm")
+    names = load_file(path).keys()
+    assert {"dist_token", "head_dist.weight", "head_dist.bias"} <= names and "reg_token" not in names
+    loaded = load_model(path)
+    assert_same(model, loaded)
+    assert loaded.head.kind == "distilled"
+    x = torch.randn(2, 3, 32, 32)
+    features = loaded.eval()(x)
+    heads = [layer(features.tokens[:, i]) for i, layer in enumerate((model.head.out, model.head.distilled))]
+    torch.testing.assert_close(features.logits, (heads[0] + heads[1]) / 2)
+    torch.testing.assert_close(loaded(x, tokens=False).logits, features.logits)
+    fine_tuned = load_model(path, num_classes=3)  # the token stays as a register, both heads go
+    assert (fine_tuned.head.kind, fine_tuned.head.distilled) == ("linear", None)
+    assert torch.equal(fine_tuned.registers, model.registers)
+    save_weights(model, tmp_path / "native.safetensors")
+    assert_same(model, load_model(tmp_path / "native.safetensors"))
+    for config in (small(), small(num_registers=1, pool="gap"), reduced("R50x1")):
+        with pytest.raises(ValueError, match="reads the class token and the first register"):
+            build_model(config, 5, "distilled")
+    with pytest.raises(ValueError, match="num_classes=0"):
+        build_model(small(num_registers=1), 0, "distilled")
+
+
+def test_another_patch_size_resizes_the_kernel_as_flexivit_does(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    model = randomize(build_model(small(), 5))
+    save_weights(model, path)
+    flexible = load_model(path, patch_size=16, resolution=64)  # the same grid of patches twice as large
+    expected = resize_patch_kernel(model.patch_embedding.weight.detach(), (16, 16))
+    assert torch.equal(flexible.patch_embedding.weight, expected)
+    assert torch.equal(flexible.position_embedding, model.position_embedding)
+    with pytest.raises(
+        CheckpointError, match=r"patch_size is 8 in the file and 16 in the model \(accept='patch_size'\)"
+    ):
+        load_weights(flexible, path)
+    load_weights(flexible, path, accept=("patch_size",))
 
 
 def test_fused_weights_of_an_unknown_size_need_their_heads_told(tmp_path):
