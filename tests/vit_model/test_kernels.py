@@ -1,4 +1,4 @@
-"""The fast ways of computing equal the plain ones: products, attention of one query, weight standardisation, pooling."""
+"""Fast ways of computing equal the plain ones: products, attention of one query, weight standardisation, pooling."""
 
 from __future__ import annotations
 

@@ -254,10 +254,9 @@ torch.manual_seed(0)
 small = dict(resolution=32, width=32, depth=2, mlp_dim=48, num_heads=2)
 cases = [
     (ViTConfig(patch_size=8, drop_path=0.3, dropout=0.1, patch_dropout=0.2, **small), True),
-    (ViTConfig(patch_size=8, pool="gap", layer_scale=0.1, num_registers=2, position_prefix=False, **small), False),
-    (ViTConfig(patch_size=8, pool="map", qk_norm=True, position="sincos2d", **small), False),
-    (variant("R50+B/16", stem=(1, 1), stem_width=8, **small), False),
-    (variant("R50x1", units=(1, 1)), True),
+    (ViTConfig(patch_size=8, pool="map", qk_norm=True, position="sincos2d", layer_scale=0.1, **small), False),
+    (variant("R50+B/16", stem=(1, 1), stem_width=8, **small), True),
+    (variant("R50x1", units=(1,)), False),
 ]
 for config, training in cases:
     model = build_model(config, 5).train(training)
@@ -279,4 +278,4 @@ def test_torch_compile_makes_one_graph_for_all_batch_sizes():
     # In a process of its own: the shape checks of these tests would themselves break the graph.
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("ok") == 5
+    assert done.stdout.count("ok") == 4

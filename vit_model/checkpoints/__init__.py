@@ -35,8 +35,8 @@ def load_model(
 
     num_classes drops the file's head, whatever it is, and attaches a new zero head (fine-tuning); without it
     the file's head stays. resolution interpolates the position embedding, and position_method says how: "google"
-    (bilinear) or "timm" (bicubic). overrides are config fields, such as dropout=0.1; patch_size resizes the patch kernel
-    as FlexiViT does. accept is as in load_weights. Raises CheckpointError with every difference that remains.
+    (bilinear) or "timm" (bicubic). overrides are config fields, such as dropout=0.1; patch_size resizes the patch
+    kernel as FlexiViT does. accept is as in load_weights. Raises CheckpointError with every difference that remains.
     """
     if head is not None and num_classes is None:
         raise ValueError(f"head={head!r} has no effect without num_classes; give the number of classes of the new head")

@@ -1,4 +1,4 @@
-"""timm's names, for ViT, hybrids and BiT ResNets; also the files of DeiT, DeiT III and DINOv2, which differ in a few."""
+"""timm's names, for ViT, hybrids and BiT ResNets; also files of DeiT, DeiT III and DINOv2, which differ in a few."""
 
 from __future__ import annotations
 
