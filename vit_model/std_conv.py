@@ -35,8 +35,9 @@ class StdConv2d(nn.Conv2d):
         weight = self.weight.flatten(1)
         if self.eps_on == "variance":
             return F.layer_norm(weight, weight.shape[1:], eps=self.eps).view_as(self.weight)
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))  # half precision has no room for moments
         standardized: Tensor = DivideByStd.apply(weight, self.eps)  # type: ignore[no-untyped-call]
-        return standardized.view_as(self.weight)
+        return standardized.to(self.weight.dtype).view_as(self.weight)
 
 
 class DivideByStd(torch.autograd.Function):

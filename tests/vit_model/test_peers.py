@@ -59,10 +59,10 @@ def test_transformers_reads_our_folder_with_our_logits_and_we_read_theirs(name, 
     ("name", "theirs", "changes"),
     [
         ("S/16", "vit_small_patch16_224", {}),
-        ("S/16", "deit_small_distilled_patch16_224", {"num_registers": 1}),
-        ("R50+B/16", "vit_base_r50_s16_224", {"stem_numerics": "timm"}),
-        ("R26+S/32", "vit_small_r26_s32_224", {"stem_numerics": "timm"}),
-        ("R+Ti/16", "vit_tiny_r_s16_p8_224", {"stem_numerics": "timm"}),
+        ("S/16", "deit_small_distilled_patch16_224", {"num_registers": 1, "depth": 2}),
+        ("R50+B/16", "vit_base_r50_s16_224", {"stem_numerics": "timm", "depth": 2}),
+        ("R26+S/32", "vit_small_r26_s32_224", {"stem_numerics": "timm", "depth": 2}),
+        ("R+Ti/16", "vit_tiny_r_s16_p8_224", {"stem_numerics": "timm", "depth": 2}),
         ("R50x1", "resnetv2_50x1_bit", {"standardize_eps": 1e-8}),
     ],
 )
@@ -70,7 +70,7 @@ def test_timm_reads_our_file_with_our_logits(name, theirs, changes, tmp_path):
     timm = peer("timm")
     model = randomize(build_model(variant(name, **changes), 10, "distilled" if "distilled" in theirs else "linear"))
     save_weights(model, tmp_path / "w.safetensors", "timm")
-    other = timm.create_model(theirs, num_classes=10)
+    other = timm.create_model(theirs, num_classes=10, **depth_of(changes))
     from safetensors.torch import load_file
 
     other.load_state_dict(load_file(tmp_path / "w.safetensors"))
@@ -78,17 +78,21 @@ def test_timm_reads_our_file_with_our_logits(name, theirs, changes, tmp_path):
     assert_near(model(x).logits, other.eval()(x), 1e-4)
 
 
+def depth_of(changes):
+    return {"depth": changes["depth"]} if "depth" in changes else {}
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("name", "theirs", "changes"),
-    [("S/16", "vit_small_patch16_224", {}), ("R50+B/16", "vit_base_r50_s16_224", {})],
+    [("S/16", "vit_small_patch16_224", {}), ("R50+B/16", "vit_base_r50_s16_224", {"depth": 2})],
 )
 def test_timm_reads_our_google_file(name, theirs, changes, tmp_path):
     """The .npz that we write, through timm's own reader of Google's files."""
     timm = peer("timm")
     model = randomize(build_model(variant(name, gelu="tanh", **changes), 10))
     save_weights(model, tmp_path / "w.npz", "google")
-    other = timm.create_model(theirs, num_classes=10, act_layer="gelu_tanh")
+    other = timm.create_model(theirs, num_classes=10, act_layer="gelu_tanh", **depth_of(changes))
     other.load_pretrained(str(tmp_path / "w.npz"))
     x = torch.randn(2, 3, 224, 224)
     # timm's hybrids keep other epsilons than Google's.

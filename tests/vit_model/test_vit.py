@@ -242,6 +242,8 @@ def test_bfloat16_stays_near_float32(name):
         mixed = model(x).logits
     pure = model.bfloat16()(x.bfloat16()).logits
     assert pure.dtype == torch.bfloat16
+    pure.square().sum().backward()
+    assert all(p.grad.dtype == torch.bfloat16 and p.grad.isfinite().all() for p in model.parameters())
     for logits in (mixed, pure):
         assert (logits.float() - exact).abs().max() < 0.1 * exact.abs().max()
 
