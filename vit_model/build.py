@@ -23,8 +23,9 @@ def build_model(
     seed: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Model:
-    """head="mlp" is the head of pre-training; head_bias=-ln(num_classes) suits the sigmoid loss.
+    """An initialised model in training mode; num_classes=0 leaves out the head (logits are then pre_logits).
 
+    head="mlp" is the head of pre-training, "distilled" DeiT's pair; head_bias=-ln(num_classes) suits the sigmoid loss.
     device="meta" holds no numbers. seed=None draws from torch's global generator.
     """
     model = build_empty(config, num_classes, head)

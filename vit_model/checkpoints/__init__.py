@@ -31,7 +31,7 @@ def load_model(
     accept: Collection[str] = (),
     **overrides: Any,
 ) -> Model:
-    """The model that a file of weights describes.
+    """The model that a file (or Hugging Face folder) of weights describes, on the CPU, in training mode as it is built.
 
     num_classes drops the file's head, whatever it is, and attaches a new zero head (fine-tuning); without it
     the file's head stays. resolution interpolates the position embedding, and position_method says how: "google"
