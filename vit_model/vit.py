@@ -53,7 +53,7 @@ class ViT(nn.Module):
     ) -> Features:
         """images: (B, C, H, W), floating point, scaled as the weights expect (vit_model.normalize).
 
-        They may be of any size that the patch divides; a size that leaves a rest is a ValueError that names the nearest.
+        Any size that the patch divides; one that leaves a rest is a ValueError that names the nearest.
         tokens=False leaves out the tokens that nobody reads: with pool="token" the last block then computes the
         class token alone (7 % of B/16 saved, the same logits). blocks and attention ask for more; attention takes the
         slower explicit path. A list of (C, H, W) images of different sizes is packed into one row without padding;

@@ -87,8 +87,8 @@ def read_arrays(path: Path, arrays: Mapping[str, Tensor], hints: Mapping[str, An
         )
     some = ", ".join(sorted(arrays)[:5])
     raise CheckpointError(
-        f"{path}: names of no known format ({some}, ...); known are our own safetensors, timm's names, Google's .npz and"
-        " Hugging Face folders"
+        f"{path}: names of no known format ({some}, ...); known are our own safetensors, timm's names, Google's .npz"
+        " and Hugging Face folders"
     )
 
 
