@@ -113,7 +113,8 @@ def _stage(stage: str) -> Callable[[list[str], Flags], int]:
     def call(arguments: list[str], flags: Flags) -> int:
         from pipelines.config import parse
 
-        if arguments and "://" in arguments[0]:  # A recipe that `vit submit` left in the store.
+        # A recipe that `vit submit` left in the store; any other URI is the subject of a stage that takes one.
+        if arguments and "://" in arguments[0] and arguments[0].endswith(".yaml"):
             ensure_stack()
             recipe = _stored_recipe(stage, arguments)
         else:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pipelines import identity, store
 from pipelines.config import Strict, how, input_
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IndexRecipe(Strict):
     """Tars of others to a corpus, in place."""
+
+    SUBJECT: ClassVar[str] = "source"
 
     source: str = input_()  # Folder or s3://BUCKET/PREFIX with WebDataset tars in it, or one tar.
     destination: str | None = (
@@ -200,16 +202,20 @@ def _scan(
     places: dict[int, str] = {}
     folder = store.join(base, "scans", f"{recipe.validate}-v{SCAN_VERSION}")
     arguments = (folder, recipe.validate == "decode", keep)
+    try:
+        store.write_json(store.join(folder, "about.json"), {"stage": STAGE, "validate": recipe.validate})
+    except store.StoreError as error:
+        raise store.StoreError(f"{error}; --destination NAME puts the manifest elsewhere, the tars stay") from None
     started = time.monotonic()
-    done = reused = 0
-    with progress("index", sum(tar.size for tar in listing.tars) >> 20, "MB") as bar:
+    done = reused = samples = 0
+    with progress("index", len(items), "tars") as bar:
         for number, found in map_items(scan_one, items, *arguments, num_workers=recipe.num_workers):
             scans[number], places[number] = ScannedTar.from_json(found["scan"]), found["place"]
             reused += found["reused"]
             done += listing.tars[number].size
-            rate = (done >> 20) / (time.monotonic() - started)
-            samples = sum(scan.samples for scan in scans.values()) if len(scans) < 1000 else None
-            bar.update(done >> 20, MB_per_second=rate, tars=len(scans), samples=samples)
+            samples += scans[number].samples
+            rate = done / 1e6 / (time.monotonic() - started)
+            bar.update(len(scans), MB_per_second=rate, samples=samples)
     if reused:
         say(f"index: {reused} of {len(items)} tars are as an earlier scan found them and were not read again")
     order = range(len(items))
