@@ -162,28 +162,20 @@ def test_tars_that_did_not_change_are_not_read_again(tmp_path: Path, capsys: pyt
     assert adopt(source, validate="header").reused == 0
 
 
-def test_with_ray_the_result_is_the_same(tmp_path: Path) -> None:
-    import ray
-
+@pytest.mark.stack
+def test_with_ray_the_result_is_the_same(tmp_path: Path, stack: Any) -> None:
     source = write_tars(tmp_path / "tars", tuple(f"train-{i}.tar" for i in range(6)), samples=5, members=named)
     alone = adopt(source, destination=str(tmp_path / "alone"))
-    mine = not ray.is_initialized()
-    if mine:
-        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.2")
-    try:
-        with_ray = adopt(source, destination=str(tmp_path / "ray"), num_workers=2)
-        (source / "train-3.tar").write_bytes(b"no tar" * 100)
-        with pytest.raises(SourceError, match=r"train-3\.tar: byte 0: the checksum"):
-            adopt(source, destination=str(tmp_path / "ray"), num_workers=2)
-    finally:
-        if mine:
-            ray.shutdown()
+    with_ray = adopt(source, destination=str(tmp_path / "ray"), num_workers=2)
     assert with_ray.corpus.digest == alone.corpus.digest and with_ray.anomalies == alone.anomalies
     manifests = [
         {path.name: path.read_bytes() for path in (tmp_path / name / "manifests").rglob("*") if path.is_file()}
         for name in ("alone", "ray")
     ]
     assert manifests[0] == manifests[1] and len(manifests[0]) == 5
+    (source / "train-3.tar").write_bytes(b"no tar" * 100)
+    with pytest.raises(SourceError, match=r"train-3\.tar: byte 0: the checksum"):
+        adopt(source, destination=str(tmp_path / "ray"), num_workers=2)
 
 
 # Anomalies ------------------------------------------------------------------------------------------------------------
