@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -19,6 +19,7 @@ from pipelines.reader.decode import decode_for_evaluation, decode_for_training
 from pipelines.reader.fetch import PageSpan, fetch
 from pipelines.reader.labels import find_label
 from pipelines.reader.order import permutation
+from pipelines.reader.selection import LabelSource, select
 from pipelines.reader.tar import TarSample, walk
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Job:
     num_classes: int
     on_bad: Literal["mask", "fail"] = "mask"
     corpus: str = ""  # Reference of the manifest: its class names, where tars name the class instead of numbering it.
+    sources: tuple[LabelSource, ...] = ()  # Label spaces of the tars, where they are not the corpus' own.
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -54,6 +56,13 @@ class Job:
     @property
     def image_bytes(self) -> int:
         return math.prod(self.shape)
+
+    def inside(self, source: int) -> tuple[Job, tuple[int, ...] | None]:
+        """The same job in the label space of a tar, and the way back."""
+        if source < 0:
+            return self, None
+        space = self.sources[source]
+        return replace(self, num_classes=space.num_classes, corpus=space.corpus), space.labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +119,8 @@ def read_item(job: Job, item: Item) -> Iterator[Rows]:
     samples: list[_Sample] = []
     ids: list[NDArray[np.int64]] = []
     for span, page in zip(item.pages, pages, strict=True):
-        samples += _samples(span, page, job)[span.first : span.last]
+        own, labels = job.inside(span.source)
+        samples += select(_samples(span, page, own), span.chosen, labels)[span.first : span.last]
         ids.append(np.arange(span.first_id + span.first, span.first_id + span.last, dtype=np.int64))
     sample_ids = np.concatenate(ids)
     order = (
