@@ -184,6 +184,12 @@ def _why(arguments: list[str], flags: Flags) -> int:
     return why_main(arguments, ensure_stack, _demo_values)
 
 
+def _verify(arguments: list[str], flags: Flags) -> int:
+    from pipelines.verify import main as verify_main
+
+    return verify_main(arguments, ensure_stack)
+
+
 def _schedule(arguments: list[str], flags: Flags) -> int:
     from infra.endpoints import current
     from pipelines.workflow.schedules import main as schedule_main
@@ -238,6 +244,11 @@ VERBS: dict[str, Verb] = {
         "[STAGE] RECIPE [--dotted.flag VALUE ...] | WORKFLOW",
         "finished, running or missing, and which fields differ from the nearest former run",
         _why,
+    ),
+    "verify": Verb(
+        "CORPUS [--deep] [--num-workers N]",
+        "every byte of a corpus against its manifest; exit code 1 if anything differs",
+        _verify,
     ),
     "submit": Verb(
         "[--working-dir DIR] STAGE RECIPE [--dotted.flag VALUE ...]",
@@ -298,7 +309,7 @@ def _say_help() -> None:
     groups = {
         "start here": ["demo", *INFRA],
         "stages: vit VERB RECIPE [--dotted.flag VALUE ...]": list(STAGES),
-        "together": ["run", "why", "submit", "schedule", "recipes"],
+        "together": ["run", "verify", "why", "submit", "schedule", "recipes"],
     }
     _write("usage: vit VERB ...\n\nPretrain, fine-tune and ship Vision Transformers on your own image corpus.")
     for title, verbs in groups.items():

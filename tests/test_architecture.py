@@ -70,7 +70,9 @@ def allowed(path: Path, module: str) -> bool:
         case "workflow":
             return below(module, "pipelines.workflow")
         case "cli":
-            return below(module, "pipelines.cli", "pipelines.workflow", "pipelines.why", "pipelines.demo")
+            return below(
+                module, "pipelines.cli", "pipelines.workflow", "pipelines.why", "pipelines.demo", "pipelines.verify"
+            )
     return stage_or_join  # Stages join the parts.
 
 
