@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(path for package in ("vit_model", "pipelines", "infra") for path in (ROOT / package).rglob("*.py"))
 BOTTOM = {"pipelines.batch", "pipelines.store", "pipelines.identity", "pipelines.progress", "pipelines.config"}
-STAGES = {"shard", "index", "pretrain", "finetune", "evaluate", "promote", "predict"}
+STAGES = {"shard", "index", "show", "pretrain", "finetune", "evaluate", "promote", "predict"}
 
 
 def imports(path: Path) -> Iterator[str]:

@@ -18,6 +18,7 @@ __all__ = ["STAGES", "exit_code", "nearest", "recipe_class", "stage_run"]
 STAGES: Mapping[str, str] = {
     "shard": "raw images (class folders, IDX files, a bucket) -> a corpus: tars and a manifest",
     "index": "WebDataset tars that others wrote -> a corpus, in place: a manifest beside them",
+    "show": "a corpus -> an HTML report: counts, shapes, copies, a contact sheet per class",
     "pretrain": "a corpus -> weights, trained on the Ray cluster",
     "finetune": "weights + a corpus, at a higher resolution -> a model version in the registry",
     "evaluate": "a model version + the held-out split -> metrics with their intervals",
