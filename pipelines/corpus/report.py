@@ -48,7 +48,7 @@ p { margin: 6px 0 }
   font-size: 13px }
 .bar > :first-child { overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
 .bar i { display: block; height: 13px; border-radius: 3px; background: var(--fill) }
-.columns .bar { grid-template-columns: 104px 1fr 56px }
+.columns .bar { grid-template-columns: 124px 1fr 50px }
 .bar u { text-decoration: none; background: var(--faint); border-radius: 3px }
 .bar em { font-style: normal; text-align: right; color: var(--soft); font-variant-numeric: tabular-nums }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px }
@@ -163,7 +163,7 @@ def _shapes(found: Survey) -> str:
     sides = between([f"{side:,}" for side in SIDES.tolist()])
     ratios = between(["0", "1:3", "1:2", "2:3", "3:4", "0.95", "1.05", "4:3", "3:2", "2:1", "3:1", ""])
     ratios[5] = "square (± 5 %)"
-    sizes = between([_size(size) for size in BYTES.tolist()])
+    sizes = between([_size(size).replace(".0 ", " ") for size in BYTES.tolist()])
     extremes = (
         f"<p class=soft>smallest {found.smallest[0]:,} × {found.smallest[1]:,}, "
         f"largest {found.largest[0]:,} × {found.largest[1]:,} pixels</p>"
