@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(path for package in ("vit_model", "pipelines", "infra") for path in (ROOT / package).rglob("*.py"))
 BOTTOM = {"pipelines.batch", "pipelines.store", "pipelines.identity", "pipelines.progress", "pipelines.config"}
-STAGES = {"shard", "index", "show", "pretrain", "finetune", "evaluate", "promote", "predict"}
+STAGES = {"shard", "index", "subset", "mix", "show", "pretrain", "finetune", "evaluate", "promote", "predict"}
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -71,7 +71,13 @@ def allowed(path: Path, module: str) -> bool:
             return below(module, "pipelines.workflow")
         case "cli":
             return below(
-                module, "pipelines.cli", "pipelines.workflow", "pipelines.why", "pipelines.demo", "pipelines.verify"
+                module,
+                "pipelines.cli",
+                "pipelines.workflow",
+                "pipelines.why",
+                "pipelines.demo",
+                "pipelines.corpus.command",
+                "pipelines.verify",
             )
     return stage_or_join  # Stages join the parts.
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipelines import store
+from pipelines import identity, store
 from pipelines.corpus.errors import CorpusError, QuarantineError
 from pipelines.corpus.head import Head, SourceVersion
 from pipelines.corpus.layout import digest_shards
@@ -28,10 +29,13 @@ __all__ = [
     "commit",
     "current_etag",
     "make_current",
+    "one_writer",
     "order_splits",
     "write_manifest",
     "write_table",
 ]
+
+PAGE_COLUMNS = ("page_offset", "page_length", "page_rows")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +51,19 @@ class Description:
     sources: tuple[SourceVersion, ...] = ()
     source: str = ""
     recipe: Mapping[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def one_writer(base: str) -> Iterator[Callable[[], None]]:
+    """Hold the lease of a destination. Gives the check to be made before a commit. Raises CorpusError if it is held."""
+    with ExitStack() as stack:
+        try:
+            held = stack.enter_context(identity.lease(store.join(base, "lease.json"), f"corpus {base}"))
+        except identity.Held as error:
+            raise CorpusError(
+                f"{error}, which writes to it now; run the same command again when it has ended"
+            ) from None
+        yield held.check
 
 
 def current_etag(base: str) -> str | None:
@@ -91,7 +108,7 @@ def commit(
         everything_rejected += rows.rejected(equal)
     corpus = write_manifest(
         base,
-        lambda: shard_pieces(shards, times if any(times) else None),
+        lambda names: shard_pieces(shards, times if any(times) else None, names),
         Description(
             class_names=tuple(class_names),
             multi_label=multi_label,
@@ -112,40 +129,37 @@ def commit(
 
 def write_manifest(
     base: str,
-    pieces: Callable[[], Iterable[pa.Table]],
+    pieces: Callable[[Sequence[str] | None], Iterable[pa.Table]],
     described: Description,
     rejected: Sequence[Rejected],
     *,
     write_more: Callable[[str], None] = lambda target: None,
 ) -> Corpus:
-    """A version without making it current. `pieces` gives its shard table, in order, each time it is called.
+    """A version without making it current.
 
-    `write_more` writes what else stands beside the head, whose place it is told.
+    `pieces` gives its shard table in order, or the named columns of it and nothing where it lacks one; it is called
+    several times. `write_more` writes what else stands beside the head, whose place it is told.
     """
-
-    def chunks(names: Sequence[str]) -> Iterator[pa.Table]:
-        for piece in pieces():
-            if set(names) <= set(piece.column_names):
-                yield piece.select(names)
-
     shards, size = 0, 0
     counts: Counter[str] = Counter()
     lying: Counter[str] = Counter()
-    for piece in pieces():
-        shards += piece.num_rows
+    times = [value for piece in pieces(["times"]) for value in piece["times"].to_pylist()]
+    for piece in pieces(["split", "samples", "bytes"]):
         size += int(piece["bytes"].to_numpy().sum())
-        for split, samples, times in zip(*_counted(piece), strict=True):
-            counts[split] += samples if times is None else sum(times) * (samples if len(times) == 1 else 1)
+        for split, samples in zip(piece["split"].to_pylist(), piece["samples"].to_pylist(), strict=True):
+            own = times[shards] if times else None
+            counts[split] += samples if own is None else sum(own) * (samples if len(own) == 1 else 1)
             lying[split] += samples
+            shards += 1
     splits = {name: counts[name] for name in order_splits(lying)}
     maps = [source.labels for source in described.sources]
-    digest = digest_shards(described.class_names, splits, chunks, multi_label=described.multi_label, label_maps=maps)
+    digest = digest_shards(described.class_names, splits, pieces, multi_label=described.multi_label, label_maps=maps)
     target = manifest_uri(base, digest)
     head_uri = store.join(target, "head.json")
     if store.exists(head_uri):  # The same corpus came out of another plan or place: a version is never written twice.
         return Corpus(base, Head.from_json(store.read_json(head_uri), head_uri))
     write_more(target)
-    _write_pieces(store.join(target, "shards.parquet"), pieces())
+    _write_pieces(store.join(target, "shards.parquet"), pieces(None))
     names = dict(enumerate(described.class_names))
     write_table(store.join(target, "quarantine.parquet"), quarantine_table(rejected, names))
     head = Head(
@@ -169,11 +183,6 @@ def write_manifest(
     return Corpus(base, head)
 
 
-def _counted(piece: pa.Table) -> tuple[list[str], list[int], list[bytes | None]]:
-    times = piece["times"].to_pylist() if "times" in piece.column_names else [None] * piece.num_rows
-    return piece["split"].to_pylist(), piece["samples"].to_pylist(), times
-
-
 def _write_pieces(uri: str, pieces: Iterable[pa.Table]) -> None:
     """A row group a piece, through a file: 300,000 shards are 100 MB."""
     import pyarrow.parquet as pq
@@ -182,7 +191,11 @@ def _write_pieces(uri: str, pieces: Iterable[pa.Table]) -> None:
         path = Path(folder) / "shards.parquet"
         writer: Any = None
         for piece in pieces:
-            writer = writer or pq.ParquetWriter(path, piece.schema, compression="zstd")
+            # Page columns never repeat: deltas are half the time of a dictionary, to write and to read.
+            deltas = {f"{name}.list.element": "DELTA_BINARY_PACKED" for name in PAGE_COLUMNS}
+            writer = writer or pq.ParquetWriter(
+                path, piece.schema, compression="zstd", use_dictionary=["split"], column_encoding=deltas
+            )
             writer.write_table(piece, row_group_size=max(piece.num_rows, 1))
         writer.close()
         store.upload(path, uri)

@@ -81,8 +81,7 @@ def digest_shards(
         head["labels"] = [None if labels is None else list(labels) for labels in label_maps]
     total = hashlib.sha256(canonical(head).encode())
     for table in chunks(["sha256", "split", "samples", *(["source"] if mapped else [])]):
-        for sha256, *values in zip(*(column.to_pylist() for column in table.columns), strict=True):
-            total.update(f"\n{sha256} {' '.join(map(str, values))}".encode())
+        total.update("".join(_lines(table)).encode())
     for table in chunks(["page_rows"]):
         total.update(_lengths(table["page_rows"]).astype("<i8").tobytes())
     for name in ("page_offset", "page_length", "page_rows"):
@@ -131,15 +130,18 @@ def _layout(file: Any, chunks: Chunks, splits: Sequence[str]) -> Layout:
 
     optional = [name for name in ("uri", "source", "times") if name in file.schema_arrow.names]
     shards = pa.concat_tables(chunks(["name", "split", "bytes", "samples", *optional]))
-    pages, rows, lengths, has_gaps = [], [], [], False
-    for table in chunks(["page_offset", "page_length", "page_rows"]):
-        counts = _lengths(table["page_rows"])
-        offset, length = _flat(table["page_offset"]), _flat(table["page_length"])
-        has_gaps = has_gaps or not np.array_equal(offset, _starts(length, counts))
-        pages.append(counts)
+    pages, rows = [], []
+    for table in chunks(["page_rows"]):
+        pages.append(_lengths(table["page_rows"]))
         rows.append(_small(_flat(table["page_rows"])))
-        lengths.append(_small(length))
-    counts, length = np.concatenate(pages), np.concatenate(lengths)
+    counts = np.concatenate(pages)
+    length = np.empty(int(counts.sum()), np.uint32)  # A page is 2 MiB, or one sample of at most 100 MiB and its label.
+    start, has_gaps = 0, False
+    for own, table in zip(pages, chunks(["page_offset", "page_length"]), strict=True):
+        offset, sizes = _flat(table["page_offset"]), _flat(table["page_length"])
+        has_gaps = has_gaps or not np.array_equal(offset, _starts(sizes, own))
+        length[start : start + len(sizes)] = sizes
+        start += len(sizes)
     # Only adopted tars have gaps, where a sample was rejected or a member belongs to none.
     offsets = [_flat(table["page_offset"]) for table in chunks(["page_offset"])] if has_gaps else []
     return Layout(
@@ -157,6 +159,16 @@ def _layout(file: Any, chunks: Chunks, splits: Sequence[str]) -> Layout:
     )
 
 
+def _lines(table: pa.Table) -> list[str]:
+    """A line for each shard, which begins with its end-of-line."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    words = [column.cast(pa.string()) for column in table.columns]
+    lines: list[str] = pc.binary_join_element_wise("\n", pc.binary_join_element_wise(*words, " "), "").to_pylist()
+    return lines
+
+
 def _flat(column: pa.ChunkedArray) -> NDArray[Any]:
     import pyarrow.compute as pc
 
@@ -167,15 +179,15 @@ def _flat(column: pa.ChunkedArray) -> NDArray[Any]:
 def _lengths(column: pa.ChunkedArray) -> NDArray[np.int64]:
     import pyarrow.compute as pc
 
-    lengths: NDArray[np.int64] = pc.list_value_length(column).to_numpy().astype(np.int64)
-    return lengths
+    return np.array(pc.list_value_length(column).to_numpy(), np.int64)
 
 
 def _starts(lengths: NDArray[Any], counts: NDArray[np.int64]) -> NDArray[np.int64]:
     """Offset of each page if the pages of a shard follow one another."""
     ends = np.cumsum(lengths, dtype=np.int64)
     firsts = np.concatenate([[0], ends])[np.cumsum(counts) - counts]
-    return ends - lengths - np.repeat(firsts, counts)
+    starts: NDArray[np.int64] = ends - lengths - np.repeat(firsts, counts)
+    return starts
 
 
 def _small(values: NDArray[Any]) -> NDArray[Any]:

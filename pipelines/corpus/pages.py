@@ -65,11 +65,17 @@ class Pages:
         self.rows: NDArray[np.unsignedinteger[Any]] = layout.page_rows[self._first_page : last_page]
         if layout.times is not None and layout.times[shards.start : shards.stop].null_count < len(shards):
             self._page, self._layer, self.rows = _repeats(layout, shards)
-        sums = np.add.reduceat(self.rows, np.arange(0, len(self), BLOCK), dtype=np.int64) if len(self) else self.rows
+        sums = [self.rows[at : at + BLOCK].sum(dtype=np.int64) for at in range(0, len(self), BLOCK)]
         self._block_rows = first_row + np.concatenate([[0], np.cumsum(sums, dtype=np.int64)])
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def useful_part(self) -> float:
+        """Samples that are given, of those that lie in the pages as often as they are read."""
+        rows = self._layout.page_rows[self._first_page :]
+        read = (self.rows if self._page is None else rows[self._page]).sum(dtype=np.int64)
+        return float(self.rows.sum(dtype=np.int64) / max(1, read))
 
     def __getitem__(self, entry: int) -> Page:
         layout = self._layout

@@ -110,10 +110,8 @@ class RowParts:
                 some = rows.take(own - first)
                 labels = some["label"].to_pylist() if "label" in some.column_names else [-1] * len(own)
                 values = zip(some["key"].to_pylist(), some["source"].to_pylist(), labels, strict=True)
-                found |= {
-                    row: (key, source, split, label)
-                    for row, (key, source, label) in zip(own.tolist(), values, strict=True)
-                }
+                for row, (key, source, label) in zip(own.tolist(), values, strict=True):
+                    found[row] = key, source, split, label
             first += rows.num_rows
         return [
             Rejected(*found[extra], "duplicate", f"the same bytes as {found[kept][1]}")

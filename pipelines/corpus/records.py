@@ -100,34 +100,48 @@ class Records:
         self._seal()
         if not self._batches:
             return [], pa.table({name: pa.array([], kind) for name, kind in _types().items()})
-        self._batches = [pa.concat_tables(self._batches).combine_chunks()]
-        table = self._batches[0]
+        table = pa.concat_tables(self._batches)
         splits = order_splits(pc.unique(table["split"]).to_pylist())
         ranks = pc.index_in(table["split"], pa.array(splits)).to_numpy()
         order = np.lexsort((table["number"].to_numpy(), ranks))
-        if (np.diff(order) != 1).any():  # Not needlessly: the copy costs as much memory as the table.
-            self._batches = [table.take(order)]
-        return splits, self._batches[0]
+        if (np.diff(order) != 1).any():  # Not needlessly: the copies cost as much memory as the table.
+            self._batches = []
+            table = table.combine_chunks().take(order)
+        self._batches = [table]
+        return splits, table
 
 
-def shard_pieces(ordered: pa.Table, times: Sequence[bytes | None] | None = None) -> Iterator[pa.Table]:
-    """The shard table of the manifest in pieces of GROUP_SHARDS. `times` is there if not every sample comes once."""
+def shard_pieces(
+    ordered: pa.Table, times: Sequence[bytes | None] | None = None, columns: Sequence[str] | None = None
+) -> Iterator[pa.Table]:
+    """The shard table of the manifest, or some columns of it, in pieces of GROUP_SHARDS.
+
+    `times` is there if not every sample comes once.
+    """
+    names = ["name", "split", "bytes", "samples", "sha256", "page_offset", "page_length", "page_rows"]
+    names += ["uri"] if ordered["uri"].null_count < ordered.num_rows else []
+    names += ["times"] if times is not None else []
+    if columns is not None:
+        if not set(columns) <= set(names):
+            return
+        names = list(columns)
     import pyarrow as pa
 
-    wide = pa.list_(pa.int64())
-    has_uri = ordered["uri"].null_count < ordered.num_rows
     for start in range(0, max(ordered.num_rows, 1), GROUP_SHARDS):
         piece = ordered.slice(start, GROUP_SHARDS)
-        lengths = piece["page_length"].combine_chunks()
-        columns = {name: piece[name] for name in ("name", "split", "bytes", "samples", "sha256")}
-        columns["page_offset"] = _offsets(piece["page_offset"].combine_chunks(), lengths)
-        columns["page_length"] = lengths.cast(wide)
-        columns["page_rows"] = piece["page_rows"]
-        if has_uri:
-            columns["uri"] = piece["uri"]
-        if times is not None:
-            columns["times"] = pa.array(times[start : start + GROUP_SHARDS], pa.binary())
-        yield pa.table(columns)
+        found: dict[str, Any] = {}
+        for name in names:
+            if name == "page_offset":
+                found[name] = _offsets(piece[name].combine_chunks(), piece["page_length"].combine_chunks())
+            elif name == "page_length":
+                found[name] = piece[name].cast(pa.list_(pa.int64()))
+            elif name == "page_rows":
+                found[name] = piece[name].cast(pa.list_(pa.int32()))
+            elif name == "times" and times is not None:
+                found[name] = pa.array(times[start : start + GROUP_SHARDS], pa.binary())
+            else:
+                found[name] = piece[name]
+        yield pa.table(found)
 
 
 def _offsets(given: pa.Array, lengths: pa.Array) -> pa.Array:
@@ -160,7 +174,7 @@ def _types() -> dict[str, pa.DataType]:
         "samples": pa.int32(),
         "sha256": pa.string(),
         "page_length": pa.list_(pa.uint32()),
-        "page_rows": pa.list_(pa.int32()),
+        "page_rows": pa.list_(pa.uint16()),
         "page_offset": pa.list_(pa.int64()),
         "uri": pa.string(),
         "times": pa.int32(),
