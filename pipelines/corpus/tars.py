@@ -90,9 +90,11 @@ def _one_tar(file: SourceFile) -> Entries:
                     entries.ignored["tar_link_or_device"] += 1
                     continue
                 if _leaves(member.name):
-                    entries.reject(
-                        f"{file.path}/{member.name}", split, "bad_name", "the member name leaves the archive"
-                    )
+                    if member.name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS:
+                        where = f"{file.path}/{member.name}"
+                        entries.reject(where, split, "bad_name", "the member name leaves the archive")
+                    else:
+                        entries.ignored["tar_member_outside"] += 1
                     continue
                 own, _, extension = _cut(member.name)
                 if own != prefix:
