@@ -17,7 +17,7 @@ from pipelines.workflow.stages import STAGES, exit_code, nearest, recipe_class
 
 __all__ = ["UsageError", "main"]
 
-OK, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+OK, FAILED, USAGE, REFUSED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 OURS = ("pipelines", "infra", "vit_model")
 
 
@@ -42,7 +42,7 @@ class Verb:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0 done, 1 failed, 2 wrong command or recipe, 130 interrupted."""
+    """Runs one command; its exit code is 0 done, 1 failed, 2 wrong command or recipe, 3 refused, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = "vit " + shlex.join(arguments)
     debug = "--debug" in arguments
@@ -120,10 +120,11 @@ def _stage(stage: str) -> Callable[[list[str], Flags], int]:
         else:
             recipe = parse(recipe_class(stage), arguments, prog=f"vit {stage}")
             ensure_stack()
+        from pipelines.workflow.again import TOKEN_VARIABLE, again
         from pipelines.workflow.report import say_result
-        from pipelines.workflow.runner import again, run_stage_named
+        from pipelines.workflow.runner import run_stage_named
 
-        with again(flags.again):
+        with again(flags.again, os.environ.get(TOKEN_VARIABLE)):
             outcome = run_stage_named(stage, recipe)
         say_result(outcome)
         return exit_code(stage, outcome.result)
@@ -144,11 +145,12 @@ def _stored_recipe(stage: str, arguments: list[str]) -> Any:
 
 
 def _run(arguments: list[str], flags: Flags) -> int:
+    from pipelines.workflow.again import again
+    from pipelines.workflow.flags import workflow_arguments
     from pipelines.workflow.report import duration, say_step
-    from pipelines.workflow.runner import again
     from pipelines.workflow.spec import load_workflow, merged
 
-    name, values = _workflow_arguments("run", arguments)
+    name, values = workflow_arguments("run", arguments)
     workflow = load_workflow(name, merged(_demo_values(name), values))
     ensure_stack()
     from pipelines.progress import say
@@ -247,7 +249,7 @@ VERBS: dict[str, Verb] = {
         _run,
     ),
     "why": Verb(
-        "[STAGE] RECIPE [--dotted.flag VALUE ...] | WORKFLOW",
+        "[STAGE] RECIPE [--dotted.flag VALUE ...] | WORKFLOW [--STEP.dotted.field VALUE ...]",
         "finished, running or missing, and which fields differ from the nearest former run",
         _why,
     ),
@@ -269,26 +271,6 @@ VERBS: dict[str, Verb] = {
     ),
     "recipes": Verb("[WORD ...]", "the packaged recipes and what each is for", _recipes),
 }
-
-
-def _workflow_arguments(verb: str, arguments: list[str]) -> tuple[str, dict[str, dict[str, Any]]]:
-    """WORKFLOW and {step: {dotted field: value}} from `--STEP.field VALUE` flags."""
-    import yaml
-
-    if not arguments or arguments[0].startswith("-"):
-        from pipelines.workflow.spec import packaged_workflows
-
-        raise UsageError(f"vit {verb} needs a workflow: a YAML path or one of {', '.join(packaged_workflows())}")
-    name, *flags = arguments
-    values: dict[str, dict[str, Any]] = {}
-    words = [part for word in flags for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    while words:
-        flag = words.pop(0)
-        step, dot, field = flag.removeprefix("--").partition(".")
-        if not flag.startswith("--") or not dot or not field or not words:
-            raise UsageError(f"{flag!r}: a workflow takes flags of the form --STEP.field VALUE")
-        values.setdefault(step, {})[field.replace("-", "_")] = yaml.safe_load(words.pop(0))
-    return name, values
 
 
 def _demo_values(name: str) -> dict[str, dict[str, Any]]:
@@ -330,8 +312,8 @@ def _say_help() -> None:
     _write(
         "\nA RECIPE is a YAML path or the name of a packaged recipe (`vit recipes`); `vit VERB RECIPE --help` shows its"
         "\nfields. A finished stage is not computed again: its result is reused; --again recomputes."
-        "\n--debug shows tracebacks. Exit code: 0 done, 1 failed, 2 wrong command or recipe, 130 interrupted (the same"
-        "\ncommand resumes)."
+        "\n--debug shows tracebacks. Exit code: 0 done, 1 failed, 2 wrong command or recipe, 3 a promotion was refused,"
+        "\n130 interrupted (the same command resumes)."
     )
 
 
@@ -348,11 +330,14 @@ def _report(error: Exception, debug: bool) -> int:
             _say_traceback(error)
         return USAGE
     from pipelines.identity import Held
-    from pipelines.workflow.runner import StepFailed, root_error
+    from pipelines.workflow.runner import NotRun, StepFailed, root_error
 
     if isinstance(error, Held):
         _say_error(str(error))
         return OK
+    if isinstance(error, StepFailed) and isinstance(error.__cause__, NotRun):
+        _say_error(f"step {error.step} was not run: {error.__cause__}")
+        return REFUSED
     step = f"step {error.step}: " if isinstance(error, StepFailed) else ""
     root = root_error(error.__cause__ if isinstance(error, StepFailed) and error.__cause__ else error)
     expected = isinstance(root, ValueError | OSError) or type(root).__module__.split(".")[0] in OURS

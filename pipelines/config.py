@@ -134,6 +134,7 @@ def parse(cls: type[T], argv: Sequence[str], prog: str = "vit") -> T:
         what = f"a {subject}, or a recipe" if subject else "a recipe"
         raise RecipeError(f"{prog} needs {what}: a YAML path or the name of a packaged one; `vit recipes` lists them")
     name, *flags = argv
+    flags = _nulls(cls, flags)
     default = from_dict(cls, {subject: name}, prog) if subject and not _is_recipe(name) else load_recipe(cls, name)
     if not flags:
         return default
@@ -144,6 +145,22 @@ def parse(cls: type[T], argv: Sequence[str], prog: str = "vit") -> T:
 
 def _is_recipe(word: str) -> bool:
     return word.endswith((".yaml", ".yml")) or (RECIPES / f"{word}.yaml").is_file()
+
+
+def _nulls(cls: type, flags: Sequence[str]) -> list[str]:
+    """`null`, as recipes write it, where tyro knows only `None`; a field that takes text alone keeps the word."""
+    words = list(flags)
+    for place, word in enumerate(words):
+        flag, _, value = word.partition("=")
+        if not (word.startswith("--") and value == "null"):
+            if word != "null" or not place:
+                continue
+            flag = words[place - 1]
+        *parents, field = flag.removeprefix("--").replace("-", "_").split(".")
+        hints = [typing.get_type_hints(owner).get(field) for owner in _owners(cls, parents)]
+        if any(type(None) in typing.get_args(hint) for hint in hints):
+            words[place] = word.removesuffix("null") + "None"
+    return words
 
 
 def to_dict(recipe: Any) -> dict[str, Any]:
@@ -208,7 +225,12 @@ def _problems(cls: type, error: ValidationError) -> Iterator[str]:
 
 
 def _field_names(cls: type, parents: Sequence[str]) -> list[str]:
-    """Field names of the dataclass that `parents` leads to; a union member is picked by its tag or tried in turn."""
+    """Field names of the dataclass that `parents` leads to."""
+    return sorted({field.name for owner in _owners(cls, parents) for field in dataclasses.fields(owner)})
+
+
+def _owners(cls: type, parents: Sequence[str]) -> list[Any]:
+    """The dataclasses that `parents` leads to; a union member is picked by its tag or tried in turn."""
     owners: list[Any] = [cls]
     for parent in parents:
         following: list[Any] = []
@@ -221,9 +243,7 @@ def _field_names(cls: type, parents: Sequence[str]) -> list[str]:
             elif re.fullmatch(r"[a-z0-9_]+", parent):  # pydantic puts the tag of a union member into the location
                 following.append(owner)
         owners = following or owners
-    return sorted(
-        {field.name for owner in owners if dataclasses.is_dataclass(owner) for field in dataclasses.fields(owner)}
-    )
+    return [owner for owner in owners if dataclasses.is_dataclass(owner)]
 
 
 def _dataclasses_in(hint: Any) -> list[Any]:

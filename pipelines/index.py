@@ -73,28 +73,19 @@ def run(recipe: IndexRecipe) -> StageResult:
     listing = list_tars(recipe.source)
     # The place is part of the identity: the same tars in another place are another corpus to open.
     recipe = dataclasses.replace(recipe, destination=corpus_base(recipe.destination or listing.base))
-    work = partial(_work, recipe, listing)
     inputs = {"source": listing.digest}
-    result = identity.run_stage(STAGE, VERSION, recipe, inputs, work)
-    if result.reused and not _stands(result):
-        say(f"index: the manifest of {result.uri} is gone; the tars are indexed again")
-        token = identity.AGAIN.set(True)
-        try:
-            result = identity.run_stage(STAGE, VERSION, recipe, inputs, work)
-        finally:
-            identity.AGAIN.reset(token)
-    return result
+    return identity.run_stage(STAGE, VERSION, recipe, inputs, partial(_work, recipe, listing), missing=_lost)
 
 
-def _stands(result: StageResult) -> bool:
+def _lost(result: StageResult) -> str | None:
     from pipelines.corpus.errors import ManifestError
     from pipelines.corpus.manifest import open_corpus
 
     try:
         open_corpus(result.uri)
     except ManifestError:
-        return False
-    return True
+        return f"the manifest of {result.uri} is gone"
+    return None
 
 
 def _work(recipe: IndexRecipe, listing: TarListing, attempt: Attempt) -> StageResult:
@@ -154,7 +145,7 @@ def adopt_tars(
         split_of,
     )
     from pipelines.corpus.anomalies import anomaly_table
-    from pipelines.corpus.commit import commit, current_etag
+    from pipelines.corpus.commit import commit, current_etag, one_writer
     from pipelines.corpus.manifest import corpus_base
     from pipelines.corpus.quarantine import check_fraction
 
@@ -173,18 +164,20 @@ def adopt_tars(
     listed = [anomaly for scan in scans for anomaly in scan.anomalies] + shown
     records = shard_records(listing, base, splits, places, scans, changes)
     ignored = _sum([listing.ignored, *(scan.ignored for scan in scans)])
-    before_commit()
-    corpus = commit(
-        base,
-        records,
-        class_names=class_names,
-        current=current,
-        ignored=ignored,
-        source=listing.base,
-        recipe={"stage": STAGE, **_deciding(recipe)},
-        tables={"anomalies": anomaly_table(listed)},
-    )
-    corpus = point_to(corpus, records)
+    with one_writer(base) as check:
+        check()
+        before_commit()
+        corpus = commit(
+            base,
+            records,
+            class_names=class_names,
+            current=current,
+            ignored=ignored,
+            source=listing.base,
+            recipe={"stage": STAGE, **_deciding(recipe)},
+            tables={"anomalies": anomaly_table(listed)},
+        )
+        corpus = point_to(corpus, records)
     adopted = Adopted(corpus, counts, listed, reused)
     _tell(adopted)
     return adopted

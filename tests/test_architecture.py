@@ -13,7 +13,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(path for package in ("vit_model", "pipelines", "infra") for path in (ROOT / package).rglob("*.py"))
-BOTTOM = {"pipelines.batch", "pipelines.store", "pipelines.identity", "pipelines.progress", "pipelines.config"}
+BOTTOM = {
+    f"pipelines.{name}"
+    for name in ("batch", "store", "processes", "lease", "results", "identity", "progress", "config")
+}
 STAGES = {"shard", "index", "subset", "mix", "show", "pretrain", "finetune", "evaluate", "promote", "predict"}
 
 
@@ -163,7 +166,11 @@ def readme_paths() -> list[str]:
     )
 
 
-def test_the_readme_map_leads_to_files_that_exist() -> None:
+def test_the_readme_map_has_twelve_rows_and_leads_to_files_that_exist() -> None:
+    text = (ROOT / "README.md").read_text().split("## Where do I change", 1)[1].split("\n## ", 1)[0]
+    rows = [line for line in text.splitlines() if line.startswith("|")][2:]  # After the head and its rule.
+    assert len(rows) == 12
+    assert all("`" in row.split("|")[2] for row in rows)
     paths = readme_paths()
     assert len(paths) >= 12
     missing = [path for path in paths if not (ROOT / path).exists()]

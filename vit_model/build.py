@@ -23,8 +23,9 @@ def build_model(
     seed: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Model:
-    """head="mlp" is the head of pre-training; head_bias=-ln(num_classes) suits the sigmoid loss.
+    """An initialised model in training mode; num_classes=0 leaves out the head (logits are then pre_logits).
 
+    head="mlp" is the head of pre-training, "distilled" DeiT's pair; head_bias=-ln(num_classes) suits the sigmoid loss.
     device="meta" holds no numbers. seed=None draws from torch's global generator.
     """
     model = build_empty(config, num_classes, head)
@@ -40,12 +41,14 @@ def build_model(
 
 def build_empty(config: ModelConfig, num_classes: int, head: HeadKind) -> Model:
     """On the meta device: no memory, and no time lost on PyTorch's own initialisation."""
+    check_head(config, num_classes, head)
     with torch.device("meta"):
         return ViT(config, num_classes, head) if isinstance(config, ViTConfig) else ResNet(config, num_classes, head)
 
 
 def replace_head(model: Model, num_classes: int, head: HeadKind = "linear", *, head_bias: float = 0.0) -> Model:
     """Drop the old head whole, both layers of an MLP head (paper B.1.1); the new one has a zero last layer."""
+    check_head(model.config, num_classes, head)
     parameter = next(model.parameters())
     new = Head(model.config.width, num_classes, head).to(device=parameter.device, dtype=parameter.dtype)
     if not parameter.is_meta:
@@ -54,5 +57,18 @@ def replace_head(model: Model, num_classes: int, head: HeadKind = "linear", *, h
     return model
 
 
+def check_head(config: ModelConfig, num_classes: int, head: HeadKind) -> None:
+    if head != "distilled":
+        return
+    if config.kind == "resnet" or config.pool != "token" or not config.num_registers:
+        raise ValueError(
+            "head='distilled' reads the class token and the first register; it needs a ViT with pool='token' and"
+            " num_registers=1"
+        )
+    if not num_classes:
+        raise ValueError("head='distilled' is two classifiers; a model without classes (num_classes=0) takes 'linear'")
+
+
 def count_parameters(model: nn.Module) -> int:
+    """Numbers that are trained; buffers are not among them."""
     return sum(parameter.numel() for parameter in model.parameters())

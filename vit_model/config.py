@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 Resolution = int | tuple[int, int]
-HeadKind = Literal["linear", "mlp"]
+HeadKind = Literal["linear", "mlp", "distilled"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +30,7 @@ class ViTConfig:
     )
     pool_norm: Literal["before", "after"] = "before"  # final LN before pooling (Google) or, for gap, after it (timm)
     class_token: bool | None = None  # None: exactly when pool is "token"
-    num_registers: int = 0  # extra prefix tokens that no pooling reads
+    num_registers: int = 0  # extra prefix tokens that no pooling reads; DeiT's distillation token is one
     position: Literal["learned", "sincos2d", "none"] = "learned"  # position embedding, added once before the blocks
     position_prefix: bool = True  # the learned table has rows for the prefix tokens (False: big_vision, DeiT III)
     gelu: Literal["exact", "tanh"] = (
@@ -92,6 +92,7 @@ class ViTConfig:
 
     @property
     def grid(self) -> tuple[int, int]:
+        """Patch rows and columns at `resolution`."""
         return self.grid_of(*self.size)
 
     @property

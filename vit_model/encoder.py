@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vit_model.config import ViTConfig
+from vit_model.linear import Linear, linear
 from vit_model.shapes import Float
 
 # Lengths and numbers of the images packed into one row of tokens, in order: ((length, count), ...).
@@ -22,11 +23,11 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = config.num_heads
         self.dropout = config.attention_dropout
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias)
+        self.qkv = Linear(config.width, 3 * config.width, bias=config.qkv_bias)
         head_dim = config.width // config.num_heads
         self.q_norm = nn.LayerNorm(head_dim, eps=config.layer_norm_eps) if config.qk_norm else None
         self.k_norm = nn.LayerNorm(head_dim, eps=config.layer_norm_eps) if config.qk_norm else None
-        self.out = nn.Linear(config.width, config.width)
+        self.out = Linear(config.width, config.width)
 
     def forward(self, x: Float[Tensor, "B N D"], packing: Packing | None = None) -> Float[Tensor, "B N D"]:
         B, N, D = x.shape
@@ -56,10 +57,13 @@ class Attention(nn.Module):
     def first(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B 1 D"]:
         """The output of token 0 alone: one query, all keys and values."""
         B, N, D = x.shape
-        q_bias, kv_bias = (None, None) if self.qkv.bias is None else torch.split(self.qkv.bias, [D, 2 * D])
         q_weight, kv_weight = torch.split(self.qkv.weight, [D, 2 * D])
+        q_bias, kv_bias = (None, None) if self.qkv.bias is None else torch.split(self.qkv.bias, [D, 2 * D])
         q = F.linear(x[:, :1], q_weight, q_bias).view(B, 1, self.num_heads, -1)
-        k, v = F.linear(x, kv_weight, kv_bias).view(B, N, 2, self.num_heads, -1).unbind(2)
+        if self.q_norm is None and not (self.dropout and self.training) and keeps_precision(x):
+            x = self.out(attend_without_keys(q, x, kv_weight, kv_bias))
+            return x
+        k, v = linear(x, kv_weight, kv_bias).view(B, N, 2, self.num_heads, -1).unbind(2)
         x = self.out(self.attend(q, k, v).reshape(B, 1, D))
         return x
 
@@ -76,6 +80,28 @@ class Attention(nn.Module):
         return self.out(x), probabilities
 
 
+def attend_without_keys(
+    q: Float[Tensor, "Q 1 A d"], x: Float[Tensor, "B N D"], kv_weight: Float[Tensor, "E D"], kv_bias: Tensor | None
+) -> Float[Tensor, "B 1 D"]:
+    """Attention of one query per image, or of one (Q = 1) for all, to tokens whose keys and values nobody else reads.
+
+    softmax(q (x K)') (x V) = (softmax((q K') x') x) V: 2 N D D multiplications per image become 2 N D heads. The keys'
+    bias moves all scores of a query alike, which the softmax does not see.
+    """
+    heads, head_dim = q.shape[2:]
+    k_weight, v_weight = kv_weight.view(2, heads, head_dim, -1)  # (A, d, D) each
+    folded = (q[:, 0].transpose(0, 1) * head_dim**-0.5) @ k_weight  # (A, B, D)
+    probabilities = (folded.transpose(0, 1) @ x.transpose(1, 2)).softmax(dim=-1)  # (B, A, N)
+    seen = (probabilities @ x).transpose(0, 1)  # (A, B, D)
+    values: Tensor = (seen @ v_weight.transpose(1, 2)).transpose(0, 1).reshape(x.shape[0], 1, -1)
+    return values if kv_bias is None else values + kv_bias.chunk(2)[1]
+
+
+def keeps_precision(x: Tensor) -> bool:
+    """Whether a score of attention is rounded to no less than fp32; half precision needs the fused kernel for that."""
+    return x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
+
+
 class Mlp(nn.Module):
     """D -> mlp_dim -> D with GELU between."""
 
@@ -83,8 +109,8 @@ class Mlp(nn.Module):
         super().__init__()
         self.approximate = "tanh" if config.gelu == "tanh" else "none"
         self.dropout = config.dropout
-        self.dense1 = nn.Linear(config.width, config.mlp_dim)
-        self.dense2 = nn.Linear(config.mlp_dim, config.width)
+        self.dense1 = Linear(config.width, config.mlp_dim)
+        self.dense2 = Linear(config.mlp_dim, config.width)
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         x = F.gelu(self.dense1(x), approximate=self.approximate)

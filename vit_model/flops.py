@@ -12,7 +12,7 @@ def forward_macs(
     size = config.size if resolution is None else pair(resolution)
     body = resnet_macs(config, size) if isinstance(config, ResNetConfig) else vit_macs(config, size)
     hidden = config.width**2 if head == "mlp" else 0
-    return body + hidden + config.width * num_classes
+    return body + hidden + config.width * num_classes * (2 if head == "distilled" else 1)
 
 
 def training_flops(macs: int, images: float) -> float:

@@ -62,6 +62,9 @@ def initialize_head(head: Head, generator: torch.Generator | None = None, bias: 
         if head.out is not None:
             nn.init.zeros_(head.out.weight)
             nn.init.constant_(head.out.bias, bias)
+        if head.distilled is not None:
+            nn.init.zeros_(head.distilled.weight)
+            nn.init.constant_(head.distilled.bias, bias)
 
 
 def initialize_tokens(model: ViT, generator: torch.Generator | None) -> None:

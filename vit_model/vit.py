@@ -51,8 +51,9 @@ class ViT(nn.Module):
         blocks: bool = False,
         attention: bool = False,
     ) -> Features:
-        """Images may be of any size that the patch divides.
+        """images: (B, C, H, W), floating point, scaled as the weights expect (vit_model.normalize).
 
+        Any size that the patch divides; one that leaves a rest is a ValueError that names the nearest.
         tokens=False leaves out the tokens that nobody reads: with pool="token" the last block then computes the
         class token alone (7 % of B/16 saved, the same logits). blocks and attention ask for more; attention takes the
         slower explicit path. A list of (C, H, W) images of different sizes is packed into one row without padding;
@@ -63,7 +64,8 @@ class ViT(nn.Module):
         x = self.embed(images)
         if self.training and self.config.patch_dropout:
             x = self.drop_patches(x)
-        first_only = self.config.pool == "token" and not (tokens or blocks or attention)
+        wants_more = tokens or blocks or attention or self.head.distilled is not None
+        first_only = self.config.pool == "token" and not wants_more
         states: list[Tensor] = []
         probabilities: list[Tensor] = []
         for i, block in enumerate(self.blocks):
@@ -75,7 +77,7 @@ class ViT(nn.Module):
             if blocks:
                 states.append(x)
         x = self.norm(x) if self.config.pool_norm == "before" else x
-        logits, pre_logits = self.head(self.pooled(x))
+        logits, pre_logits = self.head(self.pooled(x), self.distillation(x))
         return Features(
             logits,
             pre_logits,
@@ -146,6 +148,10 @@ class ViT(nn.Module):
             x = block(x, packing, first_only)
         return x
 
+    def distillation(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B D"] | None:
+        """What DeiT's second head reads: the first register."""
+        return x[:, 1] if self.head.distilled is not None else None
+
     def pooled(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B D"]:
         if self.config.pool == "token":
             return x[:, 0]
@@ -176,9 +182,11 @@ class ViT(nn.Module):
             x = self.run_block(block, x, packing, False)
         x = self.norm(x) if self.config.pool_norm == "before" else x
         groups = x.split([length * count for length, count in packing], dim=1)
-        pooled = [self.pooled(x.view(count, length, -1)) for x, (length, count) in zip(groups, packing, strict=True)]
+        images_of = [x.view(count, length, -1) for x, (length, count) in zip(groups, packing, strict=True)]
         back = torch.tensor([i for group in order.values() for i in group], device=x.device).argsort()
-        logits, pre_logits = self.head(torch.cat(pooled)[back])
+        second = [y for x in images_of if (y := self.distillation(x)) is not None]
+        pooled = torch.cat([self.pooled(x) for x in images_of])[back]
+        logits, pre_logits = self.head(pooled, torch.cat(second)[back] if second else None)
         return Features(logits, pre_logits, None)
 
 

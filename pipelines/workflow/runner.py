@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipelines.workflow.stages import stage_run
+from pipelines.workflow.again import again, again_of
+from pipelines.workflow.stages import made_nothing, stage_run
 
 if TYPE_CHECKING:
     from pipelines.identity import StageResult
     from pipelines.workflow.spec import Workflow
 
-__all__ = ["Outcome", "StepFailed", "again", "root_error", "run_plain", "run_stage_named", "run_step"]
+__all__ = ["NotRun", "Outcome", "StepFailed", "again", "root_error", "run_plain", "run_stage_named", "run_step"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +35,8 @@ class StepFailed(RuntimeError):
         self.step = step
 
 
-@contextmanager
-def again(recompute: bool) -> Iterator[None]:
-    """Inside the block a finished stage is computed again (`--again`)."""
-    from pipelines.identity import AGAIN
-
-    token = AGAIN.set(recompute)
-    try:
-        yield
-    finally:
-        AGAIN.reset(token)
+class NotRun(RuntimeError):
+    """A step has nothing to work on: a gate upstream refused, which is an answer and no failure."""
 
 
 def run_stage_named(stage: str, recipe: Any, *, step: str | None = None) -> Outcome:
@@ -54,8 +46,11 @@ def run_stage_named(stage: str, recipe: Any, *, step: str | None = None) -> Outc
 
 
 def run_step(workflow: Workflow, name: str, uris: Mapping[str, str]) -> Outcome:
-    """One step; `uris` maps the steps it takes from to what they produced."""
+    """One step; `uris` maps the steps it takes from to what they produced. NotRun if that is nothing."""
     step = workflow.steps[name]
+    for source in step.inputs.values():
+        if nothing := made_nothing(workflow.steps[source].stage, uris[source]):
+            raise NotRun(nothing)
     recipe = workflow.recipe(name, uris)
     if step.where == "job":
         from pipelines.workflow.submit import run_as_job
@@ -70,14 +65,15 @@ def run_plain(workflow: Workflow, observe: Callable[[Outcome], None] = lambda _:
     from pipelines.identity import Held
 
     outcomes: dict[str, Outcome] = {}
-    for name in workflow.order():
-        try:
-            outcomes[name] = run_step(workflow, name, {done: outcomes[done].result.uri for done in outcomes})
-        except Held:
-            raise
-        except Exception as error:
-            raise StepFailed(name, error) from error
-        observe(outcomes[name])
+    with again_of(workflow):
+        for name in workflow.order():
+            try:
+                outcomes[name] = run_step(workflow, name, {done: outcomes[done].result.uri for done in outcomes})
+            except Held:
+                raise
+            except Exception as error:
+                raise StepFailed(name, error) from error
+            observe(outcomes[name])
     return outcomes
 
 

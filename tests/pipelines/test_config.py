@@ -70,6 +70,12 @@ def test_a_recipe_and_flags_make_one_object(tmp_path: Path) -> None:
     assert load_recipe(Recipe, write(tmp_path, to_yaml(recipe))) == recipe
 
 
+@pytest.mark.parametrize("flags", [["--minimum", "null"], ["--minimum=null"], ["--minimum", "None"]])
+def test_a_flag_takes_null_as_a_recipe_does(tmp_path: Path, flags: list[str]) -> None:
+    path = write(tmp_path, "corpus: a\nminimum: 0.5\n")
+    assert parse(Recipe, [str(path), *flags]).minimum is None
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -93,6 +99,13 @@ def test_a_wrong_recipe_is_refused_with_the_remedy(tmp_path: Path, text: str, sa
 def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="3 problem"):
         load_recipe(Recipe, write(tmp_path, "corpsu: a\nworkers: many\n"))
+
+
+@pytest.mark.parametrize("flags", [["--minimum", "null"], ["--minimum", "None"], ["--minimum=null"]])
+def test_null_and_none_are_the_same_word_for_a_field_that_may_be_empty(tmp_path: Path, flags: list[str]) -> None:
+    path = write(tmp_path, "corpus: a\nminimum: 0.5\n")
+    assert parse(Recipe, [str(path), *flags]).minimum is None
+    assert parse(Recipe, [str(path), *flags, "--corpus", "null"]).corpus == "null"
 
 
 def test_a_flag_that_does_not_fit_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,37 +1,14 @@
-"""What the demo says of its accuracies, and how it takes a folder of one's own."""
+"""What the demo takes: its flags, and a folder of one's own."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from pipelines.cli import main as cli_main
-from pipelines.demo import Measured, _missing_splits, _parse, difference
-from pipelines.evaluation.accuracy import wilson
-
-COUNTS = st.tuples(st.integers(0, 400), st.integers(1, 400)).map(lambda pair: (min(pair), max(pair)))
-
-
-def measured(right: int, n: int) -> Measured:
-    return Measured(right / n, *wilson(right, n))
-
-
-@given(COUNTS, COUNTS)
-def test_the_interval_of_a_difference_holds_it_and_stays_within_plus_minus_one(
-    one: tuple[int, int], other: tuple[int, int]
-) -> None:
-    gain, low, high = difference(measured(*one), measured(*other))
-    assert -1 - 1e-9 <= low <= gain <= high <= 1 + 1e-9
-    assert difference(measured(*other), measured(*one))[0] == pytest.approx(-gain)
-
-
-def test_the_interval_of_a_difference_is_newcombes() -> None:
-    # Newcombe 1998, Statistics in Medicine 17:873, table II, example (a): 56/70 - 48/80, method 10.
-    gain, low, high = difference(measured(56, 70), measured(48, 80))
-    assert (gain, low, high) == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
+from pipelines.demo import _missing_splits, _parse, sample_values
+from pipelines.workflow.spec import load_workflow
 
 
 @pytest.mark.parametrize(
@@ -81,3 +58,21 @@ def test_splits_that_the_folder_has_are_kept_and_the_others_are_cut_from_train(
     for name in folders:
         (tmp_path / name).mkdir()
     assert _missing_splits(tmp_path) == (pytest.approx(splits) if splits else None)
+
+
+def test_without_fashion_mnist_the_gate_asks_for_less_and_with_own_images_for_more_than_guessing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("cats/1.png", "dogs/1.png", "owls/1.png", "emus/1.png"):
+        (tmp_path / "My Pets" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "My Pets" / name).write_bytes(b"x")
+    monkeypatch.setenv("VIT_STATE", str(tmp_path / "state"))
+    monkeypatch.setenv("PATH", "")  # No apt.
+    monkeypatch.setattr("pipelines.corpus.samples.INSTALLED", tmp_path / "nothing")
+    values, told, is_stand_in = sample_values(None)
+    assert is_stand_in and "stand-in" in told
+    assert values["promote"] == {"minimum": 0.75} and values["shard_fashion"]["source"].endswith("photo-crops")
+    values, _, _ = sample_values(tmp_path / "My Pets")
+    assert values["promote"] == {"minimum": 0.25}
+    assert values["finetune"] == {"register_as": "my-pets"} and values["shard_digits"]["destination"] == "my-pets"
+    load_workflow("demo", values)  # Every name and value fits the recipes.

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -319,6 +320,35 @@ def test_a_full_disk_is_an_error_with_the_remedy(tmp_path: Path, monkeypatch: py
     with pytest.raises(CorpusError, match=r"has 10 MB free, .* set TMPDIR .* run the same command again"):
         make_corpus(recipe(source, tmp_path / "c"))
     assert not (tmp_path / "c" / "current.json").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 256 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if (
+        os.geteuid()
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], check=False).returncode
+    ):
+        pytest.skip("needs root and the right to mount a small disk")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_fills_up_shows_nothing_and_with_room_the_same_command_goes_on(
+    tmp_path: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = class_folders(tmp_path / "s", {"cat": 80, "dog": 80})
+    given = recipe(source, small_disk / "c", shard_bytes=20_000)
+    with pytest.raises(store.StoreError, match=r"no space left on the disk of .*/shards/train-.*tar; free some"):
+        make_corpus(given)
+    with pytest.raises(ManifestError, match="no corpus"):
+        open_corpus(f"{small_disk}/c@current")
+    subprocess.run(["mount", "-o", "remount,size=20m", small_disk], check=True)
+    assert make_corpus(given).digest == make_corpus(recipe(source, tmp_path / "whole", shard_bytes=20_000)).digest
+    assert re.search(r"[1-9]\d* of \d+ shards were finished before and are kept", capsys.readouterr().out)
+    assert files_of(small_disk / "c") == files_of(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(

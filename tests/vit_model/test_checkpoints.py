@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +24,7 @@ from vit_model import (
     read_specs,
     save_weights,
 )
+from vit_model.position import resize_patch_kernel
 
 SUFFIX = {
     "native": "weights.safetensors",
@@ -283,6 +282,47 @@ def test_relatives_of_timm_are_understood(tmp_path):
     torch.testing.assert_close(loaded(x).logits, model(x).logits, rtol=1e-5, atol=1e-5)
 
 
+def test_deits_distillation_token_and_second_head_are_read_and_written(tmp_path):
+    path = tmp_path / "deit.safetensors"
+    model = randomize(build_model(small(num_registers=1), 5, "distilled"))
+    save_weights(model, path, "timm")
+    names = load_file(path).keys()
+    assert {"dist_token", "head_dist.weight", "head_dist.bias"} <= names and "reg_token" not in names
+    loaded = load_model(path)
+    assert_same(model, loaded)
+    assert loaded.head.kind == "distilled"
+    x = torch.randn(2, 3, 32, 32)
+    features = loaded.eval()(x)
+    heads = [layer(features.tokens[:, i]) for i, layer in enumerate((model.head.out, model.head.distilled))]
+    torch.testing.assert_close(features.logits, (heads[0] + heads[1]) / 2)
+    torch.testing.assert_close(loaded(x, tokens=False).logits, features.logits)
+    fine_tuned = load_model(path, num_classes=3)  # the token stays as a register, both heads go
+    assert (fine_tuned.head.kind, fine_tuned.head.distilled) == ("linear", None)
+    assert torch.equal(fine_tuned.registers, model.registers)
+    save_weights(model, tmp_path / "native.safetensors")
+    assert_same(model, load_model(tmp_path / "native.safetensors"))
+    for config in (small(), small(num_registers=1, pool="gap"), reduced("R50x1")):
+        with pytest.raises(ValueError, match="reads the class token and the first register"):
+            build_model(config, 5, "distilled")
+    with pytest.raises(ValueError, match="num_classes=0"):
+        build_model(small(num_registers=1), 0, "distilled")
+
+
+def test_another_patch_size_resizes_the_kernel_as_flexivit_does(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    model = randomize(build_model(small(), 5))
+    save_weights(model, path)
+    flexible = load_model(path, patch_size=16, resolution=64)  # the same grid of patches twice as large
+    expected = resize_patch_kernel(model.patch_embedding.weight.detach(), (16, 16))
+    assert torch.equal(flexible.patch_embedding.weight, expected)
+    assert torch.equal(flexible.position_embedding, model.position_embedding)
+    with pytest.raises(
+        CheckpointError, match=r"patch_size is 8 in the file and 16 in the model \(accept='patch_size'\)"
+    ):
+        load_weights(flexible, path)
+    load_weights(flexible, path, accept=("patch_size",))
+
+
 def test_fused_weights_of_an_unknown_size_need_their_heads_told(tmp_path):
     path = tmp_path / "weights.safetensors"
     save_weights(randomize(build_model(small(), 5)), path, "timm")
@@ -303,72 +343,6 @@ def test_half_precision_arrays_of_numpy_are_read(tmp_path):
     np.savez(tmp_path / "b.npz", **halves)
     loaded = load_model(tmp_path / "b.npz")
     assert torch.equal(loaded.norm.weight, model.norm.weight.bfloat16().float())
-
-
-class Payload:
-    """A pickle with a visible side effect."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "w.pth",
-        "w.pt",
-        "w.bin",
-        "w.ckpt",
-        "w.npz",
-        "w.safetensors",
-        "w",
-        "folder/pytorch_model.bin",
-        "folder/model.safetensors",
-    ],
-)
-@pytest.mark.parametrize("kind", ["pickle", "torch", "object array"])
-def test_a_pickle_is_refused_by_every_reader_and_never_run(name, kind, tmp_path):
-    mark = tmp_path / "the-payload-ran"
-    path = tmp_path / name
-    path.parent.mkdir(exist_ok=True)
-    if path.parent != tmp_path:
-        (path.parent / "config.json").write_text('{"model_type": "vit"}')
-    with path.open("wb") as file:
-        if kind == "pickle":
-            pickle.dump({"cls_token": Payload(mark)}, file)
-        elif kind == "torch":
-            torch.save({"cls_token": Payload(mark)}, file)
-        else:
-            np.savez(file, cls=np.array([Payload(mark)], dtype=object))
-    target = path.parent if path.parent != tmp_path else path
-    for read in (load_model, lambda p: load_weights(build_model(small(), 5), p)):
-        with pytest.raises(CheckpointError):
-            read(target)
-    assert not mark.exists()
-
-
-@pytest.mark.parametrize("keep", [0, 7, 100, -1])
-def test_a_torn_file_is_an_error_that_names_it(keep, tmp_path):
-    path = tmp_path / "weights.safetensors"
-    save_weights(build_model(small(), 5), path)
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
-        load_model(path)
-
-
-def test_metadata_of_a_newer_version_or_of_nonsense_is_an_error(tmp_path):
-    path = tmp_path / "weights.safetensors"
-    save_file({"x": torch.zeros(1)}, path, {"format": "vit_model/2", "config": "{}"})
-    with pytest.raises(CheckpointError, match="newer version"):
-        load_model(path)
-    save_file({"x": torch.zeros(1)}, path, {"format": "vit_model/1", "config": '{"kind": "vit", "depth": "x"}'})
-    with pytest.raises(CheckpointError, match="does not describe a model"):
-        load_model(path)
-    with pytest.raises(FileNotFoundError, match="no weights at"):
-        load_model(tmp_path / "absent.safetensors")
 
 
 def test_numbers_that_are_not_finite_are_not_written(tmp_path):

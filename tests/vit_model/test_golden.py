@@ -96,4 +96,5 @@ def test_golden_files_are_small_and_say_what_made_them():
     assert sum(file.stat().st_size for file in files) < 300_000
     for content in (GOOGLE, TIMM, HUGGINGFACE):
         assert content["made_with"]
+        assert "Philox" in content["seed"]
         assert (GOLDEN / content["script"]).exists()

@@ -49,6 +49,23 @@ COUNTS = {
     "R200x3": (568_633_000, None),
 }
 
+# GMACs at the resolution of fine-tuning.
+LARGER = {
+    ("Ti/16", 384): 4.68,
+    ("S/32", 384): 3.44,
+    ("S/16", 384): 15.49,
+    ("B/32", 384): 13.04,
+    ("B/16", 384): 55.48,
+    ("B/8", 384): 294.0,
+    ("L/32", 384): 45.28,
+    ("L/16", 384): 191.1,
+    ("L/14", 336): 191.0,
+    ("So400m/14", 336): 258.3,
+    ("H/14", 336): 390.7,
+    ("g/14", 336): 620.3,
+    ("G/14", 336): 1115.6,
+}
+
 # timm's result tables for models with convolutions: GMACs by fvcore's rules, which also count norms (name, px): value.
 WITH_NORMS = {
     ("R50+B/16", 224): 21.7,
@@ -59,20 +76,35 @@ WITH_NORMS = {
     ("R50x1", 224): 4.23,
     ("R50x1", 448): 16.62,
     ("R50x3", 224): 37.06,
+    ("R50x3", 448): 145.7,
     ("R101x1", 224): 8.04,
+    ("R101x1", 448): 31.65,
+    ("R101x3", 224): 71.23,
+    ("R101x3", 448): 280.3,
     ("R152x2", 224): 46.95,
+    ("R152x2", 448): 185.0,
+    ("R152x4", 224): 186.9,
     ("R152x4", 480): 844.8,
 }
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_parameter_counts_equal_the_published_ones(name):
-    assert count_parameters(build_model(variant(name), 1000, device="meta")) == COUNTS[name][0]
+    config = variant(name)
+    assert count_parameters(build_model(config, 1000, device="meta")) == COUNTS[name][0]
+    assert count_parameters(build_model(config, 0, device="meta")) == COUNTS[name][0] - 1000 * (config.width + 1)
 
 
 @pytest.mark.parametrize("name", [name for name, (_, macs) in COUNTS.items() if macs])
 def test_macs_equal_the_published_ones(name):
     assert forward_macs(variant(name)) / 1e9 == pytest.approx(COUNTS[name][1], rel=0.005)
+
+
+@pytest.mark.parametrize(("name", "resolution"), LARGER)
+def test_macs_at_another_resolution_equal_the_published_ones(name, resolution):
+    assert forward_macs(variant(name), resolution=resolution) / 1e9 == pytest.approx(
+        LARGER[name, resolution], rel=0.005
+    )
 
 
 @pytest.mark.parametrize(("name", "resolution"), WITH_NORMS)
@@ -88,7 +120,7 @@ def norm_operations(config) -> int:
     import torch
     from torch import nn
 
-    from vit_model.stem import StdConv2d
+    from vit_model.std_conv import StdConv2d
 
     total = 0
 
@@ -134,7 +166,17 @@ def test_models_without_a_class_token_and_head_have_the_published_counts(name, p
 
 @pytest.mark.parametrize(
     ("name", "epochs", "exaflops"),
-    [("B/32", 7, 55), ("B/16", 7, 224), ("L/32", 7, 196), ("L/16", 7, 783), ("L/16", 14, 1567), ("H/14", 14, 4262)],
+    [
+        *(
+            ("B/32", 7, 55),
+            ("B/16", 7, 224),
+            ("L/32", 7, 196),
+            ("L/16", 7, 783),
+            ("L/16", 14, 1567),
+            ("H/14", 14, 4262),
+        ),
+        *(("R50+B/16", 7, 274), ("R50+L/32", 7, 246)),
+    ],
 )
 def test_training_compute_equals_table_6_of_the_paper(name, epochs, exaflops):
     flops = training_flops(forward_macs(variant(name)), 303e6 * epochs)

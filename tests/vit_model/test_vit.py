@@ -242,38 +242,42 @@ def test_bfloat16_stays_near_float32(name):
         mixed = model(x).logits
     pure = model.bfloat16()(x.bfloat16()).logits
     assert pure.dtype == torch.bfloat16
+    pure.square().sum().backward()
+    assert all(p.grad.dtype == torch.bfloat16 and p.grad.isfinite().all() for p in model.parameters())
     for logits in (mixed, pure):
         assert (logits.float() - exact).abs().max() < 0.1 * exact.abs().max()
 
 
 COMPILE = """
 import torch
+from torch._dynamo.testing import CompileCounter
 from vit_model import build_model, variant, ViTConfig
 torch.manual_seed(0)
 small = dict(resolution=32, width=32, depth=2, mlp_dim=48, num_heads=2)
 cases = [
     (ViTConfig(patch_size=8, drop_path=0.3, dropout=0.1, patch_dropout=0.2, **small), True),
-    (ViTConfig(patch_size=8, pool="gap", layer_scale=0.1, num_registers=2, position_prefix=False, **small), False),
-    (ViTConfig(patch_size=8, pool="map", qk_norm=True, position="sincos2d", **small), False),
-    (variant("R50+B/16", stem=(1, 1), stem_width=8, **small), False),
-    (variant("R50x1", units=(1, 1)), True),
+    (ViTConfig(patch_size=8, pool="map", qk_norm=True, position="sincos2d", layer_scale=0.1, **small), False),
+    (variant("R50+B/16", stem=(1, 1), stem_width=8, **small), True),
+    (variant("R50x1", units=(1,)), False),
 ]
 for config, training in cases:
     model = build_model(config, 5).train(training)
     torch.nn.init.normal_(model.head.out.weight)
     torch.compiler.reset()
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    counter = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     for batch in (8, 12):
         x = torch.randn(batch, 3, 32, 32)
         logits = compiled(x, tokens=False).logits
         if not training:
             torch.testing.assert_close(logits, model(x).logits, rtol=1e-4, atol=1e-4)
+    assert counter.frame_count == 1, counter.frame_count  # one graph, and the second batch size takes it too
     print("ok")
 """
 
 
-def test_torch_compile_finds_no_graph_break_at_any_batch_size():
+def test_torch_compile_makes_one_graph_for_all_batch_sizes():
     # In a process of its own: the shape checks of these tests would themselves break the graph.
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("ok") == 5
+    assert done.stdout.count("ok") == 4

@@ -31,11 +31,12 @@ def load_model(
     accept: Collection[str] = (),
     **overrides: Any,
 ) -> Model:
-    """The model that a file of weights describes.
+    """The model that a file (or Hugging Face folder) of weights describes, on the CPU, in training mode as it is built.
 
     num_classes drops the file's head, whatever it is, and attaches a new zero head (fine-tuning); without it
-    the file's head stays. resolution interpolates the position embedding. overrides are config fields, such as
-    dropout=0.1.
+    the file's head stays. resolution interpolates the position embedding, and position_method says how: "google"
+    (bilinear) or "timm" (bicubic). overrides are config fields, such as dropout=0.1; patch_size resizes the patch
+    kernel as FlexiViT does. accept is as in load_weights. Raises CheckpointError with every difference that remains.
     """
     if head is not None and num_classes is None:
         raise ValueError(f"head={head!r} has no effect without num_classes; give the number of classes of the new head")
@@ -61,8 +62,9 @@ def load_weights(
     """Fill a model from a file that must describe the same model.
 
     accept names the differences that are wanted: "head" (keep the model's own), "grid" (interpolate positions),
-    "missing", "unused", or a config field such as "gelu" or "layer_norm_eps". overrides tell what a file does not,
-    such as num_heads.
+    "missing", "unused", or a config field such as "gelu", "layer_norm_eps" or "patch_size" (the kernel is resized).
+    overrides tell what a file does not, such as num_heads. Raises CheckpointError with every difference that is not
+    accepted; the model is then unchanged.
     """
     loaded = read_weights(Path(path), overrides)
     fit(model, loaded, path, accept=accept, position_method=position_method)

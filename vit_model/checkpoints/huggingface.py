@@ -68,7 +68,10 @@ def read_huggingface(
 ) -> Loaded:
     kind = values.get("model_type")
     if kind != "vit":
-        raise CheckpointError(f"{folder}: model_type {kind!r} is not 'vit'")
+        raise CheckpointError(
+            f"{folder}: model_type {kind!r} is not 'vit', the one Hugging Face model that is read; for others"
+            " (DeiT, DINOv2) take the original or timm's file"
+        )
     arrays = {name.removeprefix("vit."): array for name, array in arrays.items()}
     tensors, unused = read_table(V5 if any(name.startswith("layers.") for name in arrays) else V4, arrays)
     has_head = "head.out.weight" in tensors

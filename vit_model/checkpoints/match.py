@@ -13,7 +13,7 @@ from vit_model.build import Model
 from vit_model.checkpoints.errors import CheckpointError
 from vit_model.checkpoints.loaded import Loaded
 from vit_model.config import ViTConfig
-from vit_model.position import Method, resize_position
+from vit_model.position import Method, resize_patch_kernel, resize_position
 
 # Fields that change how a model is trained but not what its weights compute; resolution is judged as a grid.
 FREE_FIELDS = {
@@ -44,6 +44,7 @@ def fit(model: Model, loaded: Loaded, path: str | Path, *, accept: Collection[st
             problems.append(f"{problem} (accept='head' keeps the model's own)")
     if (problem := fit_position(model, loaded, tensors, position_method, "grid" in accept)) is not None:
         problems.append(problem)
+    fit_patches(model, loaded, tensors, accept)
     keeps_head = "head" in accept and not any(name.startswith(HEAD_PREFIX) for name in tensors)
     wanted = {name for name in state if not (keeps_head and name.startswith(HEAD_PREFIX))}
     if (missing := sorted(wanted - tensors.keys())) and "missing" not in accept:
@@ -106,6 +107,13 @@ def fit_position(
     prefix = theirs.num_prefix if theirs.position_prefix else 0
     tensors[name] = resize_position(tensors[name], theirs.grid, ours.grid, prefix, method)
     return None
+
+
+def fit_patches(model: Model, loaded: Loaded, tensors: dict[str, Tensor], accept: Collection[str]) -> None:
+    """FlexiViT's resize of the patch kernel where another patch size is accepted; a feature map has no finer grid."""
+    ours, name = model.config, "patch_embedding.weight"
+    if isinstance(ours, ViTConfig) and ours.stem is None and "patch_size" in accept and name in tensors:
+        tensors[name] = resize_patch_kernel(tensors[name], (ours.patch_size, ours.patch_size))
 
 
 def listed(names: list[str], most: int = 12) -> str:

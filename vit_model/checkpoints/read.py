@@ -86,7 +86,10 @@ def read_arrays(path: Path, arrays: Mapping[str, Tensor], hints: Mapping[str, An
             f"{path}: Hugging Face names; give the folder, whose config.json tells heads, eps and GELU"
         )
     some = ", ".join(sorted(arrays)[:5])
-    raise CheckpointError(f"{path}: names of no known format ({some}, ...)")
+    raise CheckpointError(
+        f"{path}: names of no known format ({some}, ...); known are our own safetensors, timm's names, Google's .npz"
+        " and Hugging Face folders"
+    )
 
 
 def load_torch(path: Path) -> dict[str, Tensor]:
@@ -99,5 +102,5 @@ def load_torch(path: Path) -> dict[str, Tensor]:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        raise CheckpointError(f"{path}: not a dictionary of tensors")
+        raise CheckpointError(f"{path}: not a dictionary of tensors; save model.state_dict() alone")
     return {str(name): tensor for name, tensor in content.items()}

@@ -1,4 +1,4 @@
-"""timm's names, for ViT, hybrids and BiT ResNets; also DeiT III's and DINOv2's own files, which differ in a few."""
+"""timm's names, for ViT, hybrids and BiT ResNets; also files of DeiT, DeiT III and DINOv2, which differ in a few."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vit_model.checkpoints.errors import CheckpointError
 from vit_model.checkpoints.infer import Clues, resnet_clues, vit_config
 from vit_model.checkpoints.loaded import Loaded
 from vit_model.checkpoints.table import DENSE_CONV, SAME, norms, read_table, rows, write_table
-from vit_model.config import ResNetConfig
+from vit_model.config import HeadKind, ResNetConfig
 
 VIT = (
     *rows(
@@ -62,6 +62,7 @@ VIT = (
             (f"pool.mlp.dense1.{part}", f"attn_pool.mlp.fc1.{part}"),
             (f"pool.mlp.dense2.{part}", f"attn_pool.mlp.fc2.{part}"),
             (f"head.out.{part}", f"head.{part}"),
+            (f"head.distilled.{part}", f"head_dist.{part}"),
         )
     ),
 )
@@ -107,7 +108,8 @@ def read_timm(arrays: Mapping[str, Tensor], hints: Mapping[str, Any]) -> Loaded:
     if any(name.startswith("stem.") for name in tensors):
         defaults["stem_numerics"] = "timm"
     vit, num_classes = vit_config(tensors, Clues({**defaults, **hints}))
-    return Loaded("timm", tensors, vit, "linear", num_classes, unused=unused)
+    head: HeadKind = "distilled" if "head.distilled.weight" in tensors else "linear"
+    return Loaded("timm", tensors, vit, head, num_classes, unused=unused)
 
 
 def rename_relatives(name: str) -> str:
@@ -115,7 +117,8 @@ def rename_relatives(name: str) -> str:
         r"^patch_embed\.backbone\.(conv|norm)\.", r"patch_embed.backbone.stem.\1.", name
     )  # a stem alone: R+Ti/16
     name = re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name)  # DeiT III
-    return "reg_token" if name == "register_tokens" else name  # DINOv2
+    # DINOv2; DeiT's distillation token is a register with a head of its own.
+    return "reg_token" if name in ("register_tokens", "dist_token") else name
 
 
 def write_timm(tensors: Mapping[str, Tensor], model: Model) -> dict[str, Tensor]:
@@ -132,6 +135,10 @@ def write_timm(tensors: Mapping[str, Tensor], model: Model) -> dict[str, Tensor]
         arrays, left = write_table((*VIT, *NORM[config.pool_norm]), tensors, config.num_heads)
         if config.stem == ():
             arrays = {name.replace("backbone.stem.", "backbone."): array for name, array in arrays.items()}
+        if model.head.kind == "distilled":
+            if config.num_registers > 1:
+                raise CheckpointError("timm's distilled DeiT has no more registers than its distillation token")
+            arrays = {"dist_token" if name == "reg_token" else name: array for name, array in arrays.items()}
     refuse_left("timm", left)
     return arrays
 

@@ -25,6 +25,7 @@ from big_vision.models import bit_paper, vit  # noqa: E402
 from vit_jax import models_vit  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
+SEED = "Philox with the sha256 of each array's name as key (values.py)"
 COMMITS = {
     "vision_transformer": "c6de1e5378c9831a8477feb30994971bdc409e46",
     "big_vision": "0127fb6b337ee2a27bf4e54dea79cff176527356",
@@ -93,7 +94,7 @@ def main() -> None:
             "logits": [[float(f"{value:.8g}") for value in row] for row in logits],
         }
     versions = {package: version(package) for package in ("jax", "flax", "numpy")}
-    content = {"made_with": versions | COMMITS, "script": Path(__file__).name, "cases": results}
+    content = {"made_with": versions | COMMITS, "seed": SEED, "script": Path(__file__).name, "cases": results}
     Path(__file__).with_name("google.json").write_text(json.dumps(content, separators=(",", ":")) + "\n")
 
 

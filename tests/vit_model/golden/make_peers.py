@@ -69,6 +69,13 @@ TIMM = {
         {},
         {"num_registers": 4, "qk_norm": True, "position_prefix": False},
     ),
+    "DeiT, distilled": (
+        "deit_base_distilled_patch16_224",
+        {**SMALL, "img_size": 64},
+        (64, 64),
+        {"num_heads": 4},
+        {"num_registers": 1, "position_prefix": True},
+    ),
     "Ti/16": ("vit_tiny_patch16_224", {"num_classes": 10}, (224, 224), {}, {"num_heads": 3}),
     "R50+B/16": ("vit_base_r50_s16_224", {**SMALL, "img_size": 96}, (96, 96), {"num_heads": 4}, {"stem": [3, 4, 9]}),
     "R26+S/32": (
@@ -104,7 +111,10 @@ def rounded(tensor: torch.Tensor) -> list:
 
 def write(name: str, packages: tuple[str, ...], content: dict) -> None:
     made_with = {package: version(package) for package in (*packages, "torch", "numpy")}
-    text = json.dumps({"made_with": made_with, "script": Path(__file__).name, **content}, separators=(",", ":"))
+    seed = "Philox with the sha256 of each array's name as key (values.py)"
+    text = json.dumps(
+        {"made_with": made_with, "seed": seed, "script": Path(__file__).name, **content}, separators=(",", ":")
+    )
     Path(__file__).with_name(name).write_text(text + "\n")
 
 
