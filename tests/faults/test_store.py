@@ -40,8 +40,10 @@ def place(stack: Any) -> str:
     return store.join(store.root(), "faults", f"{time.time_ns()}")
 
 
-@pytest.mark.parametrize("kind", ["unavailable", "reset", "truncate"])
-@pytest.mark.parametrize("after", [0, 1, 1_048_576, len(DATA) - 1])
+@pytest.mark.parametrize(
+    "kind, after",
+    [("unavailable", 0), *((kind, after) for kind in ("reset", "truncate") for after in (0, 1_048_576, len(DATA) - 1))],
+)
 def test_a_read_that_breaks_off_goes_on_where_it_was(kind: Kind, after: int, proxy: FaultProxy, place: str) -> None:
     store.write(f"{place}/x", DATA)
     proxy.clear()
@@ -95,10 +97,11 @@ def test_a_store_that_stays_away_is_an_error_with_the_address(
     monkeypatch.setattr(store, "ATTEMPTS", 2)
     store.write(f"{place}/x", b"1")
     proxy.add(Fault("unavailable", times=None))
-    for call in (lambda: store.read(f"{place}/x"), lambda: store.write(f"{place}/y", b"2")):
-        with pytest.raises(store.StoreError, match=rf"{place}/[xy].*"):
-            call()
-    with pytest.raises(store.StoreError):
+    with pytest.raises(store.StoreError, match=f"cannot read {place}/x"):
+        store.read(f"{place}/x")
+    proxy.clear()
+    proxy.add(Fault("reset", method="GET", after=0, times=None))
+    with pytest.raises(store.StoreError, match=f"cannot download {place}/x"):
         store.download(f"{place}/x", tmp_path / "down")
     assert list(tmp_path.iterdir()) == []
 
@@ -124,7 +127,7 @@ def rough_weather() -> list[Fault]:
 def test_a_corpus_that_is_made_in_rough_weather_is_the_same_to_the_byte(
     proxy: FaultProxy, place: str, tmp_path: Path
 ) -> None:
-    folder = class_folders(tmp_path / "s", {"train/cat": 25, "train/dog": 25, "val/cat": 4, "val/dog": 4})
+    folder = class_folders(tmp_path / "s", {"train/cat": 12, "train/dog": 12, "val/cat": 2, "val/dog": 2})
     for path in sorted(folder.rglob("*.*")):
         store.write(f"{place}/s/{path.relative_to(folder).as_posix()}", path.read_bytes())
 
@@ -138,8 +141,8 @@ def test_a_corpus_that_is_made_in_rough_weather_is_the_same_to_the_byte(
     rough = make(f"{place}/rough")
     hits = proxy.hits
     proxy.clear()
-    assert hits >= 20
-    assert everything(rough) == everything(calm) and len(everything(calm)) > 8
+    assert hits >= 8
+    assert everything(rough) == everything(calm) and len(everything(calm)) > 6
     assert open_corpus(f"{place}/rough@current").digest == calm.digest
 
 
@@ -151,7 +154,7 @@ def test_tars_are_indexed_in_rough_weather_as_in_calm(proxy: FaultProxy, place: 
     found = adopt_tars(from_dict(IndexRecipe, {"source": place, "num_workers": 0}))
     hits = proxy.hits
     proxy.clear()
-    assert hits >= 5 and found.anomalies == {}
+    assert hits >= 2 and found.anomalies == {}
     assert (
         found.corpus.digest
         == adopt_tars(from_dict(IndexRecipe, {"source": str(local), "num_workers": 0})).corpus.digest
