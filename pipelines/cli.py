@@ -113,7 +113,8 @@ def _stage(stage: str) -> Callable[[list[str], Flags], int]:
     def call(arguments: list[str], flags: Flags) -> int:
         from pipelines.config import parse
 
-        if arguments and "://" in arguments[0]:  # A recipe that `vit submit` left in the store.
+        # A recipe that `vit submit` left in the store; any other URI is the subject of a stage that takes one.
+        if arguments and "://" in arguments[0] and arguments[0].endswith(".yaml"):
             ensure_stack()
             recipe = _stored_recipe(stage, arguments)
         else:
@@ -185,6 +186,12 @@ def _why(arguments: list[str], flags: Flags) -> int:
     return why_main(arguments, ensure_stack, _demo_values)
 
 
+def _verify(arguments: list[str], flags: Flags) -> int:
+    from pipelines.verify import main as verify_main
+
+    return verify_main(arguments, ensure_stack)
+
+
 def _schedule(arguments: list[str], flags: Flags) -> int:
     from infra.endpoints import current
     from pipelines.workflow.schedules import main as schedule_main
@@ -246,6 +253,11 @@ VERBS: dict[str, Verb] = {
         "finished, running or missing, and which fields differ from the nearest former run",
         _why,
     ),
+    "verify": Verb(
+        "CORPUS [--deep] [--num-workers N]",
+        "every byte of a corpus against its manifest; exit code 1 if anything differs",
+        _verify,
+    ),
     "submit": Verb(
         "[--working-dir DIR] STAGE RECIPE [--dotted.flag VALUE ...]",
         "a stage as a job on the Ray cluster; attaches when it already runs there",
@@ -290,7 +302,7 @@ def _say_help() -> None:
     groups = {
         "start here": ["demo", *INFRA],
         "stages: vit VERB RECIPE [--dotted.flag VALUE ...]": list(STAGES),
-        "together": ["run", "why", "submit", "schedule", "corpus", "recipes"],
+        "together": ["run", "why", "submit", "schedule", "corpus", "verify", "recipes"],
     }
     _write("usage: vit VERB ...\n\nPretrain, fine-tune and ship Vision Transformers on your own image corpus.")
     for title, verbs in groups.items():

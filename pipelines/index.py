@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pipelines import identity, store
 from pipelines.config import Strict, how, input_
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IndexRecipe(Strict):
     """Tars of others to a corpus, in place."""
+
+    SUBJECT: ClassVar[str] = "source"
 
     source: str = input_()  # Folder or s3://BUCKET/PREFIX with WebDataset tars in it, or one tar.
     destination: str | None = (
@@ -71,28 +73,19 @@ def run(recipe: IndexRecipe) -> StageResult:
     listing = list_tars(recipe.source)
     # The place is part of the identity: the same tars in another place are another corpus to open.
     recipe = dataclasses.replace(recipe, destination=corpus_base(recipe.destination or listing.base))
-    work = partial(_work, recipe, listing)
     inputs = {"source": listing.digest}
-    result = identity.run_stage(STAGE, VERSION, recipe, inputs, work)
-    if result.reused and not _stands(result):
-        say(f"index: the manifest of {result.uri} is gone; the tars are indexed again")
-        token = identity.AGAIN.set(True)
-        try:
-            result = identity.run_stage(STAGE, VERSION, recipe, inputs, work)
-        finally:
-            identity.AGAIN.reset(token)
-    return result
+    return identity.run_stage(STAGE, VERSION, recipe, inputs, partial(_work, recipe, listing), missing=_lost)
 
 
-def _stands(result: StageResult) -> bool:
+def _lost(result: StageResult) -> str | None:
     from pipelines.corpus.errors import ManifestError
     from pipelines.corpus.manifest import open_corpus
 
     try:
         open_corpus(result.uri)
     except ManifestError:
-        return False
-    return True
+        return f"the manifest of {result.uri} is gone"
+    return None
 
 
 def _work(recipe: IndexRecipe, listing: TarListing, attempt: Attempt) -> StageResult:
@@ -152,7 +145,7 @@ def adopt_tars(
         split_of,
     )
     from pipelines.corpus.anomalies import anomaly_table
-    from pipelines.corpus.commit import commit, current_etag
+    from pipelines.corpus.commit import commit, current_etag, one_writer
     from pipelines.corpus.manifest import corpus_base
     from pipelines.corpus.quarantine import check_fraction
 
@@ -171,18 +164,20 @@ def adopt_tars(
     listed = [anomaly for scan in scans for anomaly in scan.anomalies] + shown
     records = shard_records(listing, base, splits, places, scans, changes)
     ignored = _sum([listing.ignored, *(scan.ignored for scan in scans)])
-    before_commit()
-    corpus = commit(
-        base,
-        records,
-        class_names=class_names,
-        current=current,
-        ignored=ignored,
-        source=listing.base,
-        recipe={"stage": STAGE, **_deciding(recipe)},
-        tables={"anomalies": anomaly_table(listed)},
-    )
-    corpus = point_to(corpus, records)
+    with one_writer(base) as check:
+        check()
+        before_commit()
+        corpus = commit(
+            base,
+            records,
+            class_names=class_names,
+            current=current,
+            ignored=ignored,
+            source=listing.base,
+            recipe={"stage": STAGE, **_deciding(recipe)},
+            tables={"anomalies": anomaly_table(listed)},
+        )
+        corpus = point_to(corpus, records)
     adopted = Adopted(corpus, counts, listed, reused)
     _tell(adopted)
     return adopted
@@ -200,16 +195,20 @@ def _scan(
     places: dict[int, str] = {}
     folder = store.join(base, "scans", f"{recipe.validate}-v{SCAN_VERSION}")
     arguments = (folder, recipe.validate == "decode", keep)
+    try:
+        store.write_json(store.join(folder, "about.json"), {"stage": STAGE, "validate": recipe.validate})
+    except store.StoreError as error:
+        raise store.StoreError(f"{error}; --destination NAME puts the manifest elsewhere, the tars stay") from None
     started = time.monotonic()
-    done = reused = 0
-    with progress("index", sum(tar.size for tar in listing.tars) >> 20, "MB") as bar:
+    done = reused = samples = 0
+    with progress("index", len(items), "tars") as bar:
         for number, found in map_items(scan_one, items, *arguments, num_workers=recipe.num_workers):
             scans[number], places[number] = ScannedTar.from_json(found["scan"]), found["place"]
             reused += found["reused"]
             done += listing.tars[number].size
-            rate = (done >> 20) / (time.monotonic() - started)
-            samples = sum(scan.samples for scan in scans.values()) if len(scans) < 1000 else None
-            bar.update(done >> 20, MB_per_second=rate, tars=len(scans), samples=samples)
+            samples += scans[number].samples
+            rate = done / 1e6 / (time.monotonic() - started)
+            bar.update(len(scans), MB_per_second=rate, samples=samples)
     if reused:
         say(f"index: {reused} of {len(items)} tars are as an earlier scan found them and were not read again")
     order = range(len(items))

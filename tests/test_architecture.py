@@ -17,7 +17,7 @@ BOTTOM = {
     f"pipelines.{name}"
     for name in ("batch", "store", "processes", "lease", "results", "identity", "progress", "config")
 }
-STAGES = {"shard", "index", "subset", "mix", "pretrain", "finetune", "evaluate", "promote", "predict"}
+STAGES = {"shard", "index", "subset", "mix", "show", "pretrain", "finetune", "evaluate", "promote", "predict"}
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -80,6 +80,7 @@ def allowed(path: Path, module: str) -> bool:
                 "pipelines.why",
                 "pipelines.demo",
                 "pipelines.corpus.command",
+                "pipelines.verify",
             )
     return stage_or_join  # Stages join the parts.
 

@@ -44,7 +44,14 @@ __all__ = [
 
 SCAN_VERSION = 1  # Raised when the same tar would give another record.
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-OURS = ("manifests/", "scans/", "plans/", "rows/", "current.json")  # What stands beside tars that were indexed.
+OURS = (
+    "manifests/",
+    "scans/",
+    "plans/",
+    "rows/",
+    "current.json",
+    "lease.json",
+)  # What stands beside tars that were indexed.
 THREADS = 16
 SHOWN_KEYS = 20
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from pipelines.corpus.manifest import Corpus
 
-__all__ = ["sample_rows", "tar_rows", "tar_times"]
+__all__ = ["sample_rows", "shard_rows", "tar_rows", "tar_times"]
 
 
 def sample_rows(corpus: Corpus, split: str) -> pa.Table:
@@ -111,6 +111,8 @@ def _slices(corpus: Corpus, low: int, high: int, columns: Sequence[str] | None) 
 
     folder = store.join(corpus.manifest, "samples")
     uris = [info.uri for info in store.list_objects(folder) if info.uri.endswith(".parquet")]
+    if not uris:
+        raise ManifestError(f"{folder} is missing; shard again, the corpus is incomplete")
     firsts = [int(Path(uri).stem) for uri in uris]
     lasts = [*firsts[1:], int(corpus.layout.samples.sum())]
     given = 0
@@ -145,3 +147,15 @@ def _renumbered(table: pa.Table, shift: int, labels: Sequence[int] | None) -> pa
         offsets = np.concatenate([[0], kept[ends]]).astype(np.int32)
         table = replaced("labels", pa.ListArray.from_arrays(offsets, pa.array(flat[flat >= 0])))
     return table
+
+
+def shard_rows(corpus: Corpus, shard: int) -> tuple[Corpus, pa.Table]:
+    """What lies in one tar, and the version that wrote it: the labels are of its classes."""
+    import pyarrow as pa
+
+    origin, place = corpus, shard
+    if corpus.head.sources:
+        number, place, _, _ = next(_runs(corpus, range(shard, shard + 1)))
+        origin = corpus.source(number)
+    low = int(origin.layout.samples[:place].sum())
+    return origin, pa.concat_tables(_slices(origin, low, low + int(origin.layout.samples[place]), None))

@@ -29,6 +29,8 @@ __all__ = ["tar_entries"]
 log = logging.getLogger(__name__)
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 LABEL_BYTES = 1 << 20  # A .cls or .json beyond this is no label.
+LONGEST_READ = LABEL_BYTES + 1024
+SPARSE = "GNU.sparse"  # Of a sparse file that tarfile does not know for one it takes the size that the header says.
 BLOCK = 512
 COLUMNS = ("path", "uri", "offset", "size", "etag", "split", "label")
 FEWEST_TARS = 8  # With fewer it is not worth while to ask the cluster.
@@ -74,14 +76,25 @@ def _one_tar(file: SourceFile) -> Entries:
     try:
         ranged = RangedFile(file.size, lambda start, length: read_source(file.uri, file.etag, start, length))
         # Of a local file the headers alone are read; in a bucket a request costs more than the bytes between them.
-        raw = io.BufferedReader(ranged, BUFFER if store.is_s3(file.uri) else 2 * BLOCK)
+        raw = _Capped(ranged, BUFFER if store.is_s3(file.uri) else 2 * BLOCK)
         with tarfile.open(fileobj=raw, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every member it has seen
                 if member.isdir():
                     continue
-                if not member.isreg() or member.issparse():
+                if (
+                    not member.isreg()
+                    or member.issparse()
+                    or any(name.startswith(SPARSE) for name in member.pax_headers)
+                ):
                     entries.ignored["tar_link_or_device"] += 1
+                    continue
+                if _leaves(member.name):
+                    if member.name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS:
+                        where = f"{file.path}/{member.name}"
+                        entries.reject(where, split, "bad_name", "the member name leaves the archive")
+                    else:
+                        entries.ignored["tar_member_outside"] += 1
                     continue
                 own, _, extension = _cut(member.name)
                 if own != prefix:
@@ -104,6 +117,19 @@ def _cut(name: str) -> tuple[str, str, str]:
     folder, slash, base = name.rpartition("/")
     stem, dot, extension = base.partition(".")
     return f"{folder}{slash}{stem}", dot, extension
+
+
+def _leaves(name: str) -> bool:
+    return name.startswith("/") or ".." in name.split("/")[:-1]
+
+
+class _Capped(io.BufferedReader):
+    """tarfile reads a header extension whole, however long it says it is."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > LONGEST_READ:
+            raise tarfile.ReadError(f"a header extension of {size:,} bytes")
+        return super().read(size)
 
 
 def _check_end(file: SourceFile, raw: io.BufferedIOBase, position: int, entries: Entries) -> None:

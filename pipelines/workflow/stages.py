@@ -20,6 +20,7 @@ STAGES: Mapping[str, str] = {
     "index": "WebDataset tars that others wrote -> a corpus, in place: a manifest beside them",
     "subset": "a part of a corpus, or one with rare classes repeated -> a corpus",
     "mix": "several corpora with their weights and label spaces -> a corpus",
+    "show": "a corpus -> an HTML report: counts, shapes, copies, a contact sheet per class",
     "pretrain": "a corpus -> weights, trained on the Ray cluster",
     "finetune": "weights + a corpus, at a higher resolution -> a model version in the registry",
     "evaluate": "a model version + the held-out split -> metrics with their intervals",
