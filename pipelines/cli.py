@@ -113,7 +113,8 @@ def _stage(stage: str) -> Callable[[list[str], Flags], int]:
     def call(arguments: list[str], flags: Flags) -> int:
         from pipelines.config import parse
 
-        if arguments and "://" in arguments[0]:  # A recipe that `vit submit` left in the store.
+        # A recipe that `vit submit` left in the store; any other URI is the subject of a stage that takes one.
+        if arguments and "://" in arguments[0] and arguments[0].endswith(".yaml"):
             ensure_stack()
             recipe = _stored_recipe(stage, arguments)
         else:
@@ -185,6 +186,12 @@ def _why(arguments: list[str], flags: Flags) -> int:
     return why_main(arguments, ensure_stack, _demo_values)
 
 
+def _verify(arguments: list[str], flags: Flags) -> int:
+    from pipelines.verify import main as verify_main
+
+    return verify_main(arguments, ensure_stack)
+
+
 def _schedule(arguments: list[str], flags: Flags) -> int:
     from infra.endpoints import current
     from pipelines.workflow.schedules import main as schedule_main
@@ -193,6 +200,12 @@ def _schedule(arguments: list[str], flags: Flags) -> int:
         found.apply()
 
     return schedule_main(arguments, ensure_stack)
+
+
+def _corpus(arguments: list[str], flags: Flags) -> int:
+    from pipelines.corpus.command import main as corpus_main
+
+    return corpus_main(arguments, ensure_stack)
 
 
 def _submit(arguments: list[str], flags: Flags) -> int:
@@ -240,12 +253,22 @@ VERBS: dict[str, Verb] = {
         "finished, running or missing, and which fields differ from the nearest former run",
         _why,
     ),
+    "verify": Verb(
+        "CORPUS [--deep] [--num-workers N]",
+        "every byte of a corpus against its manifest; exit code 1 if anything differs",
+        _verify,
+    ),
     "submit": Verb(
         "[--working-dir DIR] STAGE RECIPE [--dotted.flag VALUE ...]",
         "a stage as a job on the Ray cluster; attaches when it already runs there",
         _submit,
     ),
     "schedule": Verb("start|stop|status [WORKFLOW]", "run a workflow by the clock: its file says when", _schedule),
+    "corpus": Verb(
+        "exclude CORPUS LIST | versions CORPUS",
+        "withdraw listed images as a new version; show all versions",
+        _corpus,
+    ),
     "recipes": Verb("[WORD ...]", "the packaged recipes and what each is for", _recipes),
 }
 
@@ -279,7 +302,7 @@ def _say_help() -> None:
     groups = {
         "start here": ["demo", *INFRA],
         "stages: vit VERB RECIPE [--dotted.flag VALUE ...]": list(STAGES),
-        "together": ["run", "why", "submit", "schedule", "recipes"],
+        "together": ["run", "why", "submit", "schedule", "corpus", "verify", "recipes"],
     }
     _write("usage: vit VERB ...\n\nPretrain, fine-tune and ship Vision Transformers on your own image corpus.")
     for title, verbs in groups.items():

@@ -120,22 +120,31 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "recipe") ->
 
 
 def parse(cls: type[T], argv: Sequence[str], prog: str = "vit") -> T:
-    """`RECIPE [--dotted.flag value ...]`. Flags tune a recipe; they cannot change a `kind`. Exits 2 on a bad flag."""
+    """`RECIPE [--dotted.flag value ...]`. Flags tune a recipe; they cannot change a `kind`. Exits 2 on a bad flag.
+
+    A dataclass with `SUBJECT = "field"` also takes that field's value in place of a recipe: the rest at its default.
+    """
     import tyro
 
+    subject = getattr(cls, "SUBJECT", None)
     if not argv or argv[0].startswith("-"):
+        word = f"RECIPE|{subject.upper()}" if subject else "RECIPE"
         if "--help" in argv or "-h" in argv:
-            tyro.cli(cls, prog=f"{prog} RECIPE", args=["--help"], config=(tyro.conf.AvoidSubcommands,))
-        raise RecipeError(f"{prog} needs a recipe: a YAML path or the name of a packaged one; `vit recipes` lists them")
+            tyro.cli(cls, prog=f"{prog} {word}", args=["--help"], config=(tyro.conf.AvoidSubcommands,))
+        what = f"a {subject}, or a recipe" if subject else "a recipe"
+        raise RecipeError(f"{prog} needs {what}: a YAML path or the name of a packaged one; `vit recipes` lists them")
     name, *flags = argv
     flags = _nulls(cls, flags)
-    default = load_recipe(cls, name)
+    default = from_dict(cls, {subject: name}, prog) if subject and not _is_recipe(name) else load_recipe(cls, name)
     if not flags:
         return default
-    flags = [re.sub(r"^(--[^=]+=)?null$", r"\g<1>None", word) for word in flags]  # YAML's word for it, as in recipes.
     parsed = tyro.cli(cls, prog=f"{prog} {name}", args=flags, default=default, config=(tyro.conf.AvoidSubcommands,))
     # Through the checks again: tyro builds the object itself and knows no pydantic constraint.
     return from_dict(cls, to_dict(parsed), f"{name} {' '.join(flags)}")
+
+
+def _is_recipe(word: str) -> bool:
+    return word.endswith((".yaml", ".yml")) or (RECIPES / f"{word}.yaml").is_file()
 
 
 def _nulls(cls: type, flags: Sequence[str]) -> list[str]:

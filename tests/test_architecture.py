@@ -17,7 +17,7 @@ BOTTOM = {
     f"pipelines.{name}"
     for name in ("batch", "store", "processes", "lease", "results", "identity", "progress", "config")
 }
-STAGES = {"shard", "pretrain", "finetune", "evaluate", "promote", "predict"}
+STAGES = {"shard", "index", "subset", "mix", "show", "pretrain", "finetune", "evaluate", "promote", "predict"}
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -73,7 +73,15 @@ def allowed(path: Path, module: str) -> bool:
         case "workflow":
             return below(module, "pipelines.workflow")
         case "cli":
-            return below(module, "pipelines.cli", "pipelines.workflow", "pipelines.why", "pipelines.demo")
+            return below(
+                module,
+                "pipelines.cli",
+                "pipelines.workflow",
+                "pipelines.why",
+                "pipelines.demo",
+                "pipelines.corpus.command",
+                "pipelines.verify",
+            )
     return stage_or_join  # Stages join the parts.
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from pipelines.reader.augment import AugmentConfig
 from pipelines.reader.decode import decode_for_evaluation, decode_for_training
 from pipelines.reader.fetch import PageSpan, fetch
+from pipelines.reader.labels import find_label
 from pipelines.reader.order import permutation
+from pipelines.reader.selection import LabelSource, select
 from pipelines.reader.tar import TarSample, walk
 
 if TYPE_CHECKING:
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["IMAGE_EXTENSIONS", "Item", "Job", "Rows", "SampleError", "read_item"]
 
 IMAGE_EXTENSIONS = ("jpg", "png", "webp", "jpeg")
-LABEL_EXTENSION = "cls"
 ROWS_TOGETHER = 512  # Rows of one piece at most; enough to make the cost per piece vanish for tiny images.
 PIECE_BYTES = 8 << 20  # Decoded bytes of one piece at most: bounds memory, and a first batch comes soon.
 
@@ -44,6 +45,8 @@ class Job:
     augment: AugmentConfig | None  # None: the evaluation path.
     num_classes: int
     on_bad: Literal["mask", "fail"] = "mask"
+    corpus: str = ""  # Reference of the manifest: its class names, where tars name the class instead of numbering it.
+    sources: tuple[LabelSource, ...] = ()  # Label spaces of the tars, where they are not the corpus' own.
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -53,6 +56,13 @@ class Job:
     @property
     def image_bytes(self) -> int:
         return math.prod(self.shape)
+
+    def inside(self, source: int) -> tuple[Job, tuple[int, ...] | None]:
+        """The same job in the label space of a tar, and the way back."""
+        if source < 0:
+            return self, None
+        space = self.sources[source]
+        return replace(self, num_classes=space.num_classes, corpus=space.corpus), space.labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +119,8 @@ def read_item(job: Job, item: Item) -> Iterator[Rows]:
     samples: list[_Sample] = []
     ids: list[NDArray[np.int64]] = []
     for span, page in zip(item.pages, pages, strict=True):
-        samples += _samples(span, page, job.num_classes)[span.first : span.last]
+        own, labels = job.inside(span.source)
+        samples += select(_samples(span, page, own), span.chosen, labels)[span.first : span.last]
         ids.append(np.arange(span.first_id + span.first, span.first_id + span.last, dtype=np.int64))
     sample_ids = np.concatenate(ids)
     order = (
@@ -164,10 +175,10 @@ def _decode(job: Job, item: Item, k: int, samples: list[_Sample], sample_ids: ND
     )
 
 
-def _samples(span: PageSpan, page: memoryview, num_classes: int) -> list[_Sample]:
+def _samples(span: PageSpan, page: memoryview, job: Job) -> list[_Sample]:
     """One entry for each row of the page, whatever its state."""
     found, problem = walk(page)
-    samples = [_sample(sample, page, span.uri, num_classes) for sample in found]
+    samples = [_sample(sample, page, span.uri, job) for sample in found]
     if len(samples) > span.num_rows or (problem is None and len(samples) < span.num_rows):
         raise SampleError(
             f"{span.uri}: the page at byte {span.offset:,} holds {len(samples)} samples, the manifest says "
@@ -179,7 +190,7 @@ def _samples(span: PageSpan, page: memoryview, num_classes: int) -> list[_Sample
     return samples
 
 
-def _sample(found: TarSample, page: memoryview, uri: str, num_classes: int) -> _Sample:
+def _sample(found: TarSample, page: memoryview, uri: str, job: Job) -> _Sample:
     sample = _Sample(key=found.key, uri=uri)
     for extension in IMAGE_EXTENSIONS:
         image = found.members.get(extension)
@@ -189,11 +200,8 @@ def _sample(found: TarSample, page: memoryview, uri: str, num_classes: int) -> _
     else:
         sample.fault = f"missing_image: {uri}, sample {found.key} has members {sorted(found.members)}"
         return sample
-    label = found.members.get(LABEL_EXTENSION)
-    text = bytes(page[label[0] : label[0] + label[1]]) if label else b""
-    if text.isdigit() and int(text) < num_classes:
-        sample.label = int(text)
-    else:
-        reason = "bad_label" if label else "missing_label"
-        sample.fault = f"{reason}: {uri}, sample {found.key}: {text[:20]!r} of {num_classes} classes"
+    sample.label, problem = find_label(found, page, job.num_classes, job.corpus)
+    if problem:
+        reason, _, text = problem.partition(": ")
+        sample.fault = f"{reason}: {uri}, sample {found.key}: {text}"
     return sample

@@ -89,7 +89,9 @@ class _Walk:
                 self._member(name, offset, size)
             elif kind in (PAX, LONG_NAME):
                 self._extension(kind, body, size)
-            elif kind not in (DIRECTORY, PAX_GLOBAL):
+            elif kind == DIRECTORY:
+                self._long_name, self._long_size = b"", -1  # They were the folder's.
+            elif kind != PAX_GLOBAL:
                 raise TarError("tar_unsafe", offset, f"member type {chr(kind)!r} (link, device or sparse file)")
             offset = following
 
@@ -140,7 +142,7 @@ class _Walk:
 
 
 def _size(digits: bytes, offset: int) -> int:
-    if digits[0] & BASE_256:
+    if digits[0] == BASE_256:
         return int.from_bytes(digits[1:], "big")
     try:
         size = int(digits.partition(b"\0")[0], 8)
@@ -166,9 +168,13 @@ def _pax(record: bytes, offset: int) -> tuple[bytes, int]:
         if not space or not length.isdigit() or not len(length) + 2 < int(length) <= len(record) - at:
             raise TarError("tar_header", offset, "malformed PAX record")
         keyword, _, value = record[at + len(length) + 1 : at + int(length) - 1].partition(b"=")
+        if keyword.startswith(b"GNU.sparse"):
+            raise TarError("tar_unsafe", offset, "a sparse file")
         if keyword == b"path":
             name = value
-        elif keyword == b"size" and value.isdigit():
+        elif keyword == b"size":
+            if not value.isdigit():
+                raise TarError("tar_header", offset, f"member size {value[:20]!r} is not a number")
             size = int(value)
         at += int(length)
     return name, size

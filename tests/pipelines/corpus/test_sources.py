@@ -262,7 +262,7 @@ def test_links_devices_and_paths_that_escape_have_no_effect(tmp_path: Path) -> N
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "/etc/passwd"
             tar.addfile(info)
-        for i, name in enumerate(("../../escape", "/etc/cron", "fine")):
+        for i, name in enumerate(("../../escape", "/etc/cron", "fine", "a..b/fine")):
             for end, data in (("cls", str(i).encode()), ("png", picture(i))):
                 info = tarfile.TarInfo(f"{name}.{end}")
                 info.size = len(data)
@@ -270,7 +270,12 @@ def test_links_devices_and_paths_that_escape_have_no_effect(tmp_path: Path) -> N
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "x.tar").write_bytes(file.getvalue())
     entries = open_source(str(tmp_path / "s")).entries()
-    assert len(entries) == 3 and entries.ignored["tar_link_or_device"] == 3
+    assert entries.path == ["x.tar/fine.png", "x.tar/a..b/fine.png"]
+    assert entries.ignored == {"tar_link_or_device": 3, "tar_member_outside": 2}
+    assert [(item.reason, item.source) for item in entries.rejected] == [
+        ("bad_name", "x.tar/../../escape.png"),
+        ("bad_name", "x.tar//etc/cron.png"),
+    ]
     assert all(isinstance(data, bytes) for data in fetch("tars", planned(entries)))
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["s", "x.tar"]
 
