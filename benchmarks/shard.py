@@ -139,7 +139,7 @@ def ray_write(folder: Path, prefix: str) -> float:
     )
     began = time.perf_counter()
     images = ray.data.read_binary_files(str(folder), include_paths=True)
-    images.map(sample).write_webdataset(prefix.removeprefix("s3://"), filesystem=filesystem)
+    images.map(sample).write_webdataset(prefix.removeprefix("s3://"), filesystem=filesystem, encoder=None)
     return time.perf_counter() - began
 
 
