@@ -32,7 +32,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # runs from a checkout, w
 from vit_model import build_model, forward_macs, variant
 from vit_model.config import ViTConfig
 
-QUICK_SECONDS = 50.0  # of the 60 that --quick may take, after which no round begins
+QUICK_SECONDS = 45.0  # of the 60 that --quick may take; the rest is the import of the peers and reserve
+BUILD_SECONDS = 4.0  # to build the contestants of a model and to take their memory
 CPU_TIME = "--cpu-time"
 Forward = Callable[[Tensor], Tensor]
 TIMM_NAMES = {
@@ -96,14 +97,18 @@ def saved_bytes(run: Callable[[], object], model: nn.Module) -> int:
 
 
 def measure(
-    contestants: dict[str, tuple[nn.Module, Forward]], x: Tensor, y: Tensor, rounds: int, seconds: float
+    contestants: dict[str, tuple[nn.Module, Forward]], x: Tensor, y: Tensor, rounds: int, seconds: float, least: int = 2
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds of every step of every contestant, in turn; the first round warms up and is not kept."""
+    """Seconds of every step of every contestant, in turn; the first round warms up and is not kept.
+
+    At least `least` rounds are kept; after these none begins that would not end within `seconds`.
+    """
     times: dict[str, dict[str, list[float]]] = {
         mode: {name: [] for name in contestants} for mode in ("forward", "train")
     }
     start = time.perf_counter()
     for i in range(rounds + 1):
+        round_start = time.perf_counter()
         order = list(contestants) if i % 2 else list(reversed(contestants))  # nobody is always first
         for name in order:
             model, forward = contestants[name]
@@ -116,7 +121,8 @@ def measure(
             if i:
                 times["forward"][name].append(forward_time)
                 times["train"][name].append(train_time)
-        if i >= 2 and time.perf_counter() - start > seconds:
+        now = time.perf_counter()
+        if i >= least and now - start + (now - round_start) > seconds:
             break
     return times
 
@@ -165,7 +171,7 @@ def run_model(name: str, args: argparse.Namespace, peers: dict[str, Any]) -> dic
     memory = {key: peak_memory(forward, model, x, y) for key, (model, forward) in contestants.items()}
     if args.compile:
         contestants = {key: (model, torch.compile(forward)) for key, (model, forward) in contestants.items()}
-    times = measure(contestants, x, y, args.rounds, args.seconds)
+    times = measure(contestants, x, y, args.rounds, args.seconds, 1 if args.quick else 2)
     result: dict[str, Any] = {
         "memory_bytes": memory,
         "images_per_second": {},
@@ -219,9 +225,9 @@ def main() -> None:
     print(f"{how}, contiguous NCHW, SDPA, exact GELU; peers: {describe(peers)}")
     results = {}
     for i, name in enumerate(args.models):
-        if args.quick:  # the first round, the memory and the building of a model take about as long as what is measured
+        if args.quick:
             left = QUICK_SECONDS - (time.perf_counter() - start)
-            args.seconds = max(left / (len(args.models) - i) / 2, 0.0)
+            args.seconds = left / (len(args.models) - i) - BUILD_SECONDS
         results[name] = run_model(name, args, peers)
         report(name, results[name])
         gc.collect()
