@@ -11,11 +11,8 @@ from pipelines.identity import Attempt
 from pipelines.progress import say
 from pipelines.reader.loader import AugmentConfig, ReaderConfig
 from pipelines.training.config import (
-    Adam,
-    AdamW,
+    AnyOptimizer,
     CheckpointConfig,
-    MuonAdamW,
-    Sgd,
     TrainConfig,
     ValidationConfig,
     WorkerConfig,
@@ -52,7 +49,7 @@ class TrainingRecipe(Protocol):
     @property
     def train(self) -> TrainConfig: ...
     @property
-    def optimizer(self) -> AdamW | Adam | Sgd | MuonAdamW: ...
+    def optimizer(self) -> AnyOptimizer: ...
     @property
     def schedule(self) -> ScheduleConfig: ...
     @property

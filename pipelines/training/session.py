@@ -18,12 +18,12 @@ from pipelines import identity, store
 from pipelines.batch import Batch
 from pipelines.training.checkpoint import AsyncSaver, Checkpoints, Found, Loaded
 from pipelines.training.config import CheckpointConfig
+from pipelines.training.forward import Prepare
 from pipelines.training.loop import Hooks, LoopConfig, train
 from pipelines.training.names import FAULT, OUTCOME, SAMPLES, STARTS, WEIGHTS, TrainingError
 from pipelines.training.parallel import Ranks
 from pipelines.training.reporter import OpenLog, Reporter
 from pipelines.training.state import TrainState
-from pipelines.training.step import Prepare
 from pipelines.training.validation import Measured, validate
 
 __all__ = ["Session", "SessionConfig"]

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from pipelines.batch import Batch
 from pipelines.training.config import TrainConfig
+from pipelines.training.forward import Prepare, forward
 from pipelines.training.losses import loss_sum
 from pipelines.training.parallel import Ranks
-from pipelines.training.step import Prepare, count_correct, forward, to_device
+from pipelines.training.step import count_correct, to_device
 
 __all__ = ["Measured", "validate"]
 

@@ -22,11 +22,8 @@ from pipelines.identity import Attempt
 from pipelines.progress import progress
 from pipelines.reader.loader import AugmentConfig, ReaderConfig
 from pipelines.training.config import (
-    Adam,
-    AdamW,
+    AnyOptimizer,
     CheckpointConfig,
-    MuonAdamW,
-    Sgd,
     TrainConfig,
     ValidationConfig,
     WorkerConfig,
@@ -70,7 +67,7 @@ class TrainJob:
     output_spec: OutputSpec
     macs_per_image: int
     train: TrainConfig
-    optimizer: AdamW | Adam | Sgd | MuonAdamW
+    optimizer: AnyOptimizer
     schedule: ScheduleConfig
     augment: AugmentConfig
     reader: ReaderConfig

@@ -228,7 +228,7 @@ def test_a_loss_that_is_not_finite_is_an_outcome_and_not_a_retry(place: Place) -
         for parameter in one.state.model.parameters():
             parameter.fill_(float("inf"))
     one.run()
-    assert "must be finite" in place.read(1, OUTCOME)["error"]
+    assert "step 0 is not finite" in place.read(1, OUTCOME)["error"]
 
 
 def test_no_point_of_the_curves_is_lost_while_tracking_cannot_be_reached(place: Place) -> None:
