@@ -109,7 +109,8 @@ def train_model(
     """Work out the job, say what will be done, and do it on the cluster."""
     import ray
 
-    from pipelines.reader.loader import choose_lanes
+    from pipelines.reader.decode import engine_version
+    from pipelines.reader.loader import WINDOW_PAGES, choose_lanes
     from pipelines.training.worker import TrainJob, connect, count_workers, launch
     from vit_model import OutputSpec, build_model, count_parameters, forward_macs
 
@@ -126,11 +127,12 @@ def train_model(
     reader = replace(recipe.reader, num_cpus=max(0.05, min(recipe.reader.num_cpus, free / num_workers)))
     job = TrainJob(
         attempt=attempt,
-        first_attempt=attempt.number if identity.AGAIN.get() else 1,
         run_id=run_id,
         corpus=corpus.reference,
         split=recipe.split,
         lanes=lanes,
+        window_pages=WINDOW_PAGES,
+        engine=engine_version(),
         seed=recipe.seed,
         total_steps=total_steps,
         num_images=num_images,

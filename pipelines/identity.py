@@ -9,34 +9,44 @@ The same command returns a finished result, resumes an unfinished one, or names 
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import dataclasses
 import hashlib
 import json
-import logging
-import os
-import re
 import signal
-import socket
 import subprocess
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from pipelines import config, store
+from pipelines.lease import LEASE_SECONDS, Held, Lease, LeaseLost, holder, is_held, lease
 from pipelines.progress import say
+from pipelines.results import (
+    StageResult,
+    commit_record,
+    etag_of_result,
+    find_result,
+    from_record,
+    missing_object,
+    read_record,
+    result_of,
+    runs,
+)
 
 __all__ = [
     "AGAIN",
+    "AGAIN_OF",
     "LEASE_SECONDS",
     "PLAN_ONLY",
     "Attempt",
+    "CannotResume",
     "Held",
     "Lease",
     "LeaseLost",
@@ -49,46 +59,35 @@ __all__ = [
     "find_result",
     "holder_of",
     "lease",
+    "missing_object",
     "result_of",
+    "reusable",
     "run_stage",
     "runs",
 ]
 
-log = logging.getLogger(__name__)
-
 AGAIN: contextvars.ContextVar[bool] = contextvars.ContextVar("AGAIN", default=False)  # Set by `--again`: recompute.
 PLAN_ONLY: contextvars.ContextVar[bool] = contextvars.ContextVar("PLAN_ONLY", default=False)  # Set by `vit why`.
-LEASE_SECONDS = 45.0  # A holder on another host is given up after this long without a sign of life.
-RENEW_SECONDS = 10.0
+# Names the `--again` of a whole workflow: what that has finished is not computed a second time when it is resumed.
+AGAIN_OF: contextvars.ContextVar[str | None] = contextvars.ContextVar("AGAIN_OF", default=None)
 
 
-class Held(RuntimeError):
-    """A live process holds the lease of this run. Not a failure: the work is being done."""
-
-
-class LeaseLost(RuntimeError):
-    """Another attempt took over; this one must write nothing more."""
+class CannotResume(RuntimeError):
+    """What earlier attempts left cannot be gone on from; only `--again` gets further, and begins anew."""
 
 
 class Planned(Exception):
     """Raised by run_stage instead of doing the work while PLAN_ONLY is set: names the run that would be done."""
 
-    def __init__(self, stage: str, digest: str, identity: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        stage: str,
+        digest: str,
+        identity: dict[str, Any],
+        missing: Callable[[StageResult], str | None] = lambda result: None,
+    ) -> None:
         super().__init__(f"{stage} {digest[:12]}")
-        self.stage, self.digest, self.identity = stage, digest, identity
-
-
-@dataclass(frozen=True, slots=True)
-class StageResult:
-    """What every stage returns. `uri` is what the next stage reads; `digest` names the run that made it."""
-
-    stage: str
-    uri: str
-    digest: str
-    run_id: str | None = None  # MLflow run.
-    metrics: dict[str, float] = field(default_factory=dict)
-    details: dict[str, Any] = field(default_factory=dict)
-    reused: bool = False  # Found finished, not made by this call.
+        self.stage, self.digest, self.identity, self.missing = stage, digest, identity, missing
 
 
 # The digest ---------------------------------------------------------------------------------------------------------
@@ -177,135 +176,7 @@ def code_origin() -> str:
     return f"{folder} ({kind}), code {code_fingerprint()}"
 
 
-def runs() -> str:
-    return store.join(store.root(), "runs")
-
-
-# The lease ----------------------------------------------------------------------------------------------------------
-
-
-def _started(pid: int) -> float | None:
-    import psutil
-
-    try:
-        return round(float(psutil.Process(pid).create_time()), 2)
-    except psutil.Error:
-        return None
-
-
-class Lease:
-    """One writer per place. Held while the block of `lease()` runs; a thread renews it."""
-
-    def __init__(self, uri: str, what: str) -> None:
-        self.uri, self.what = uri, what
-        self.token = uuid.uuid4().hex
-        self.attempt = 1
-        self._etag = ""
-        self._lock = threading.Lock()
-        self._lost: str | None = None
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def _record(self, *, expires: float) -> dict[str, Any]:
-        pid = os.getpid()
-        return {
-            "token": self.token,
-            "attempt": self.attempt,
-            "host": socket.gethostname(),
-            "pid": pid,
-            "started": _started(pid),
-            "expires": expires,
-        }
-
-    def take(self) -> None:
-        """Raises Held with the holder's name while that holder lives."""
-        for _ in range(20):
-            try:
-                info = store.stat(self.uri)
-                record = store.read_json(self.uri)
-            except store.NotFound:
-                try:
-                    self._etag = store.write_json(
-                        self.uri, self._record(expires=time.time() + LEASE_SECONDS), if_absent=True
-                    )
-                    return
-                except store.Conflict:
-                    continue
-            if record["token"] == self.token:  # Our own write, whose answer was lost.
-                self._etag = info.etag
-                return
-            if record["expires"] > time.time() and not _is_dead(record):
-                raise Held(f"{self.what} is held by {holder(record)}")
-            self.attempt = int(record["attempt"]) + 1
-            try:
-                taken = self._record(expires=time.time() + LEASE_SECONDS)
-                self._etag = store.write_json(self.uri, taken, if_match=info.etag)
-                return
-            except store.Conflict:
-                continue
-        raise store.StoreError(f"lease {self.uri} keeps changing hands; try again")
-
-    def start(self) -> None:
-        self._thread = threading.Thread(target=self._renew, name=f"lease {self.what}", daemon=True)
-        self._thread.start()
-
-    def _renew(self) -> None:
-        while not self._stop.wait(RENEW_SECONDS):
-            try:
-                with self._lock:
-                    if self._stop.is_set():
-                        return
-                    renewed = self._record(expires=time.time() + LEASE_SECONDS)
-                    self._etag = store.write_json(self.uri, renewed, if_match=self._etag)
-            except (store.Conflict, store.NotFound):
-                if self._still_ours():
-                    continue
-                self._lost = "another attempt took the lease"
-                log.error("%s: %s", self.what, self._lost)
-                return
-            except store.StoreError as error:
-                # Only another holder's token ends this one: after an outage the renewal finds out which it is.
-                log.warning("%s: the lease could not be renewed: %s", self.what, error)
-
-    def _still_ours(self) -> bool:
-        """True when a renewal was carried out although its answer was lost."""
-        try:
-            info = store.stat(self.uri)
-            if store.read_json(self.uri)["token"] != self.token:
-                return False
-        except store.StoreError:
-            return False
-        with self._lock:
-            self._etag = info.etag
-        return True
-
-    def check(self) -> None:
-        """Raise LeaseLost unless the lease object still names this holder. One small GET."""
-        if self._lost is None and store.read_json(self.uri)["token"] != self.token:
-            self._lost = "another attempt took the lease"
-        if self._lost is not None:
-            raise LeaseLost(f"{self.what}: {self._lost}; this attempt stops and writes nothing more")
-
-    def release(self) -> None:
-        self._stop.set()
-        with self._lock:
-            if self._lost is None:
-                try:
-                    # Expired, not deleted: the attempt number must go on counting.
-                    store.write_json(self.uri, self._record(expires=0.0), if_match=self._etag)
-                except store.StoreError as error:
-                    log.warning("%s: the lease was not released: %s", self.what, error)
-        if self._thread is not None:
-            self._thread.join(timeout=5)
-
-
-def _is_dead(record: Mapping[str, Any]) -> bool:
-    """A holder on this host whose process is gone (or whose pid is another process now) need not be waited for."""
-    return bool(record["host"] == socket.gethostname() and _started(int(record["pid"])) != record["started"])
-
-
-def holder(record: Mapping[str, Any]) -> str:
-    return f"process {record['pid']} on {record['host']} (attempt {record['attempt']})"
+# A stage run --------------------------------------------------------------------------------------------------------
 
 
 def holder_of(stage: str, digest: str) -> str | None:
@@ -314,30 +185,7 @@ def holder_of(stage: str, digest: str) -> str | None:
         record = store.read_json(store.join(runs(), stage, digest, "lease.json"))
     except store.NotFound:
         return None
-    return holder(record) if record["expires"] > time.time() and not _is_dead(record) else None
-
-
-@contextmanager
-def lease(uri: str, what: str, *, wait_seconds: float = 0.0) -> Iterator[Lease]:
-    """Hold the lease object `uri` for a block; `what` names it in messages. A live holder is waited for that long."""
-    held = Lease(uri, what)
-    deadline = time.monotonic() + wait_seconds
-    while True:
-        try:
-            held.take()
-            break
-        except Held:
-            if time.monotonic() >= deadline:
-                raise
-            time.sleep(0.5)
-    held.start()
-    try:
-        yield held
-    finally:
-        held.release()
-
-
-# A stage run --------------------------------------------------------------------------------------------------------
+    return holder(record) if is_held(record) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,6 +197,7 @@ class Attempt:
     number: int
     root: str  # RUNS/STAGE/DIGEST
     token: str
+    first: int = 1  # What attempts before this one left does not count: `--again` began here.
 
     @property
     def name(self) -> str:
@@ -368,65 +217,37 @@ class Attempt:
         return StageResult(self.stage, uri, self.digest, run_id, dict(metrics), dict(details))
 
 
-def find_result(stage: str, digest: str) -> StageResult | None:
-    """The finished result of a run, or None."""
-    uri = store.join(runs(), stage, digest, "result.json")
-    try:
-        record = store.read_json(uri)
-    except store.NotFound:
-        return None
-    return _from_record(record, uri)
-
-
-def result_of(reference: str) -> StageResult:
-    """The finished result that any URI below RUNS/STAGE/DIGEST/ belongs to."""
-    found = re.match(r"(.*/runs/([a-z_]+)/([0-9a-f]{64}))(/|$)", reference)
-    if not found:
-        raise ValueError(f"{reference!r} names no stage run; a run's place reads .../runs/STAGE/DIGEST/...")
-    uri = store.join(found[1], "result.json")
-    try:
-        return _from_record(store.read_json(uri), uri)
-    except store.NotFound:
-        raise ValueError(f"{found[2]} run {found[3][:12]} has no result yet; run that stage to its end first") from None
-
-
-def _from_record(record: dict[str, Any], uri: str) -> StageResult:
-    try:
-        return StageResult(**record["result"], reused=True)
-    except (KeyError, TypeError) as error:
-        raise store.StoreError(f"{uri} is not a result ({error!r}); delete it and run the same command again") from None
-
-
 def run_stage(
-    stage: str, version: int, recipe: Any, inputs: Mapping[str, str], work: Callable[[Attempt], StageResult]
+    stage: str,
+    version: int,
+    recipe: Any,
+    inputs: Mapping[str, str],
+    work: Callable[[Attempt], StageResult],
+    missing: Callable[[StageResult], str | None] = lambda result: None,
 ) -> StageResult:
     """Return the finished result of this identity, or do the work under its lease and commit the result.
 
-    `inputs` maps each input field to the content digest of what it refers to. Raises Held if a live process is at it.
+    `inputs` maps each input field to the content digest of what it refers to. `missing` looks, cheaply, whether a
+    finished result still has what it refers to, and says what is gone. Raises Held if a live process is at it.
     """
     identity = _identity(stage, version, recipe, inputs)
     digest = digest_of(stage, version, recipe, inputs)
     if PLAN_ONLY.get():
-        raise Planned(stage, digest, identity)
+        raise Planned(stage, digest, identity, missing)
     place = store.join(runs(), stage, digest)
     label = f"{stage} {digest[:12]}"
-    again = AGAIN.get()
-    if not again and (finished := _finished(place, label)):
+    seen = read_record(place)
+    if finished := _finished(seen, place, label, missing):
         return finished
     with lease(store.join(place, "lease.json"), label) as held:
-        if not again and (finished := _finished(place, label)):  # Finished while we waited for the lease.
+        before, now = etag_of_result(place), read_record(place)
+        if now != seen and (finished := _finished(now, place, label, missing)):  # While we waited for the lease.
             return finished
-        attempt = Attempt(stage, digest, held.attempt, place, held.token)
-        verb = (
-            "again (--again)"
-            if again
-            else ("attempt 1" if attempt.number == 1 else f"attempt {attempt.number}, resuming")
-        )
-        say(f"{label}: {verb}")
+        attempt = _begin(held, stage, digest, place, now)
+        say(f"{label}: {_verb(attempt)}")
         started = time.time()
-        with _terminate_as_interrupt():
+        with _terminate_as_interrupt(), _spoiled(held):
             result = work(attempt)
-        held.check()
         record = {
             "schema": 1,
             "identity": identity,
@@ -434,29 +255,74 @@ def run_stage(
             "result": {key: value for key, value in dataclasses.asdict(result).items() if key != "reused"},
             "code": code_fingerprint(),
             "attempt": attempt.number,
+            "again": AGAIN_OF.get() if AGAIN.get() else None,
             "started": started,
             "seconds": round(time.time() - started, 3),
         }
-        store.write_json(store.join(place, "result.json"), record)
+        commit_record(place, record, before, held.check)
         say(f"{label}: finished in {record['seconds']:.1f} s -> {result.uri}")
         return result
 
 
-def _finished(place: str, label: str) -> StageResult | None:
-    uri = store.join(place, "result.json")
-    try:
-        record = store.read_json(uri)
-    except store.NotFound:
+def reusable(record: Mapping[str, Any] | None) -> bool:
+    """Whether a result is returned as it is: always, but for `--again`, which takes only what it has made itself."""
+    if record is None:
+        return False
+    return not AGAIN.get() or (AGAIN_OF.get() is not None and record.get("again") == AGAIN_OF.get())
+
+
+def _finished(
+    record: Mapping[str, Any] | None, place: str, label: str, missing: Callable[[StageResult], str | None]
+) -> StageResult | None:
+    if record is None or not reusable(record):
         return None
-    result = _from_record(record, uri)
+    result = from_record(record, place)
+    if problem := missing(result):
+        say(f"{label}: finished before, but {problem}; it is made again")
+        return None
     made_by, here = record.get("code", "unknown"), code_fingerprint()
-    other = (
-        ""
-        if made_by.split("-")[0] == here.split("-")[0]
-        else f"; made by code {made_by}, this is {here}; --again recomputes"
-    )
+    same = _source(made_by) == _source(here)
+    other = "" if same else f"; made by code {made_by}, this is {here}; --again recomputes"
     say(f"{label}: reused, finished before in {record.get('seconds', 0):.1f} s{other}")
     return replace(result, reused=True)
+
+
+def _begin(held: Lease, stage: str, digest: str, place: str, record: Mapping[str, Any] | None) -> Attempt:
+    """This attempt, and the first one whose work counts.
+
+    `--again` begins anew once; until that is finished the same code goes on with it, whatever interrupted it. The lease
+    keeps this from attempt to attempt.
+    """
+    first = int(held.note.get("first", 1))
+    if AGAIN.get():
+        here = _source(code_fingerprint())
+        is_done = record is not None and int(record.get("attempt", 1)) >= first
+        if is_done or held.note.get("spoiled") or held.note.get("code") != here:
+            first = held.attempt
+            held.annotate(first=first, code=here, spoiled=False)
+    return Attempt(stage, digest, held.attempt, place, held.token, first)
+
+
+def _verb(attempt: Attempt) -> str:
+    if attempt.number == attempt.first:
+        return f"attempt {attempt.number}" + (" (--again)" if AGAIN.get() else "")
+    return f"attempt {attempt.number}, resuming" + (f" what attempt {attempt.first} began" if attempt.first > 1 else "")
+
+
+@contextmanager
+def _spoiled(held: Lease) -> Iterator[None]:
+    """After CannotResume the next `--again` begins anew."""
+    try:
+        yield
+    except CannotResume:
+        with contextlib.suppress(store.StoreError, LeaseLost):  # The error itself is what the user must see.
+            held.annotate(spoiled=True)
+        raise
+
+
+def _source(fingerprint: str) -> str:
+    """The fingerprint without the commit: the same sources are the same code."""
+    return fingerprint.split("-")[0]
 
 
 @contextmanager

@@ -13,7 +13,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(path for package in ("vit_model", "pipelines", "infra") for path in (ROOT / package).rglob("*.py"))
-BOTTOM = {"pipelines.batch", "pipelines.store", "pipelines.identity", "pipelines.progress", "pipelines.config"}
+BOTTOM = {
+    f"pipelines.{name}"
+    for name in ("batch", "store", "processes", "lease", "results", "identity", "progress", "config")
+}
 STAGES = {"shard", "pretrain", "finetune", "evaluate", "promote", "predict"}
 
 

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines import identity, store
+from pipelines import store
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -39,13 +39,14 @@ class Parts:
 
     def __init__(self, attempt: Attempt, total: int) -> None:
         self._attempt, self._total = attempt, total
-        self.folder = store.join(attempt.root, "predictions")
+        # A place of its own for each `--again`: the parts of the answer that stands are not touched.
+        own = ("attempts", str(attempt.first)) if attempt.first > 1 else ()
+        self.folder = store.join(attempt.root, *own, "predictions")
         self._waiting: list[pa.Table] = []
         self._num_waiting = 0
         self.uris: list[str] = []
         self.num_rows = self.num_unreadable = 0
-        if not identity.AGAIN.get():
-            self._take_up()
+        self._take_up()
 
     def _take_up(self) -> None:
         import pyarrow as pa

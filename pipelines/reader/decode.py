@@ -34,7 +34,8 @@ def engine_version() -> str:
     """Name and versions that decide the pixels; for run and checkpoint."""
     from importlib.metadata import version
 
-    return " ".join([ENGINE, *(f"{name}-{version(name)}" for name in ("simplejpeg", "pillow", "torch"))])
+    # Without the build (`+cpu`, `+cu128`): images are resized on the CPU by the same code in either.
+    return " ".join([ENGINE, *(f"{name}-{version(name).split('+')[0]}" for name in ("simplejpeg", "pillow", "torch"))])
 
 
 def decode_for_evaluation(

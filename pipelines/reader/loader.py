@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vit_model.preprocess import InputSpec
 
 __all__ = [
+    "WINDOW_PAGES",
     "AugmentConfig",
     "BatchStream",
     "ReaderConfig",
@@ -32,6 +33,8 @@ __all__ = [
     "eval_batches",
     "train_batches",
 ]
+
+WINDOW_PAGES = 4  # G of the order law, for a run that starts; a checkpoint keeps its own.
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +75,7 @@ def train_batches(
     start_step: int = 0,
     total_steps: int,
     lanes: int | None = None,
-    window_pages: int = 4,
+    window_pages: int = WINDOW_PAGES,
     max_workers: int | None = None,
     reader: ReaderConfig | None = None,
 ) -> BatchStream:

@@ -20,7 +20,7 @@ from pipelines import identity
 from pipelines.progress import say
 from pipelines.tracking.client import TrackingError, connect, first_line, is_passing, tracking_uri, unreachable
 from pipelines.tracking.package import WEIGHTS, build_package, check_safetensors, sha256_of
-from pipelines.tracking.run import CorpusLike, Run
+from pipelines.tracking.run import CorpusLike, Run, is_since
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion as MlflowVersion
@@ -102,14 +102,14 @@ def register_version(
 ) -> str:
     """Register the weights as a version of `name`; returns "models:/NAME/VERSION".
 
-    One stage run has one version: if it is there already it is returned, also when a killed attempt left it. With
-    `--again` other weights become a new version.
+    One stage run has one version: if it is there already it is returned, also when a killed attempt left it. What
+    `--again` has trained since becomes a new version if its weights are others.
     """
     check_model_name(name)
     client = connect()
     sha256 = sha256_of(weights)
     for former in _ask(lambda: _versions(client, name, attempt.digest)):
-        if former.tags.get("vit.weights_sha256") == sha256 or not identity.AGAIN.get():
+        if former.tags.get("vit.weights_sha256") == sha256 or is_since(former.tags, attempt):
             say(f"model version {former.name}/{former.version} of this run stands already")
             return f"models:/{former.name}/{former.version}"
     lineage = {
@@ -156,7 +156,7 @@ def _log_model(
     from mlflow.entities import LoggedModelOutput
 
     for orphan in client.search_logged_models([run.experiment_id], f"tags.`vit.digest` = '{attempt.digest}'"):
-        if not identity.AGAIN.get():
+        if is_since(orphan.tags, attempt):
             client.delete_logged_model(orphan.model_id)
     model = client.create_logged_model(
         run.experiment_id, name="model", source_run_id=run.id, tags=dict(lineage), model_type="image classifier"

@@ -165,7 +165,7 @@ def _open(
         **({"vit.corpus": f"{corpus.uri}@{corpus.digest}", "vit.corpus_digest": corpus.digest} if corpus else {}),
         **tags,
     }
-    former = _former(client, experiment_id, attempt.digest)
+    former = _former(client, experiment_id, attempt)
     if former is None:
         name = f"{attempt.stage}-{attempt.digest[:12]}"
         run_id = client.create_run(experiment_id, tags={"vit.digest": attempt.digest}, run_name=name).info.run_id
@@ -200,14 +200,21 @@ def _experiment(client: MlflowClient, name: str) -> str:
     return str(found.experiment_id)
 
 
-def _former(client: MlflowClient, experiment_id: str, digest: str) -> MlflowRun | None:
-    """The newest run of this digest. A finished one is only passed over when the user asked to compute again."""
+def _former(client: MlflowClient, experiment_id: str, attempt: Attempt) -> MlflowRun | None:
+    """The newest run of this digest; after `--again` only one that an attempt since then has written to."""
     found = client.search_runs(
-        [experiment_id], f"tags.`vit.digest` = '{digest}'", order_by=["attributes.start_time DESC"], max_results=1
+        [experiment_id],
+        f"tags.`vit.digest` = '{attempt.digest}'",
+        order_by=["attributes.start_time DESC"],
+        max_results=1,
     )
-    if not found or (identity.AGAIN.get() and found[0].info.status == "FINISHED"):
-        return None
-    return found[0]
+    return found[0] if found and is_since(found[0].data.tags, attempt) else None
+
+
+def is_since(tags: Mapping[str, str], attempt: Attempt) -> bool:
+    """Whether what carries these tags belongs to the same computation: `--again` has not begun anew since."""
+    number = tags.get("vit.attempt", "1")
+    return not number.isdecimal() or int(number) >= attempt.first
 
 
 def _log_params(client: MlflowClient, run_id: str, attempt: Attempt, recipe: Any, known: Mapping[str, str]) -> None:

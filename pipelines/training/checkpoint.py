@@ -48,6 +48,8 @@ class Place(Protocol):
     @property
     def number(self) -> int: ...
     @property
+    def first(self) -> int: ...
+    @property
     def uri(self) -> str: ...
     def check(self) -> None: ...
 
@@ -71,10 +73,10 @@ class Loaded:
 
 
 class Checkpoints:
-    """The checkpoints of one digest, over all its attempts from `first_attempt` on."""
+    """The checkpoints of one digest, over all its attempts since the last `--again` began."""
 
-    def __init__(self, place: Place, keep: int = 2, first_attempt: int = 1) -> None:
-        self.place, self.keep, self.first_attempt = place, keep, first_attempt
+    def __init__(self, place: Place, keep: int = 2) -> None:
+        self.place, self.keep = place, keep
         self._pattern = re.compile(rf"{re.escape(place.root)}/attempts/(\d+)/checkpoints/(\d+)/([^/]+)$")
 
     def found(self) -> list[Found]:
@@ -88,7 +90,7 @@ class Checkpoints:
             if match := self._pattern.match(item.uri):
                 names.setdefault((int(match[1]), int(match[2])), set()).add(match[3])
         for (attempt, step), members in names.items():
-            if attempt >= self.first_attempt:
+            if attempt >= self.place.first:
                 yield Found(self._uri(attempt, step), step, attempt), members
 
     def _uri(self, attempt: int, step: int) -> str:

@@ -8,7 +8,7 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,8 @@ __all__ = ["Session", "SessionConfig"]
 log = logging.getLogger(__name__)
 
 MOST_STARTS = 4  # In a row from the same step: what failed three times there fails again.
+FIXED_AT_START = ("lanes", "window_pages")  # Chosen when a run starts; later starts might choose otherwise.
+FIRST_WINDOW_PAGES = 4  # Of the checkpoints that do not say it.
 
 Batches = AbstractContextManager[Iterator[Batch]]
 
@@ -39,10 +41,11 @@ Batches = AbstractContextManager[Iterator[Batch]]
 class SessionConfig:
     attempt: identity.Attempt
     loop: LoopConfig
-    order: dict[str, Any]  # What decides which images form a step; "lanes" is taken from the checkpoint on resume.
+    # What decides which images form a step; on resume "lanes" and "window_pages" are taken from the checkpoint.
+    order: dict[str, Any]
+    engine: str  # Decode engine and versions, which decide the pixels: the same from the first step to the last.
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     num_classes: int
-    first_attempt: int = 1  # Checkpoints of earlier attempts are ignored (`--again`).
 
 
 class Session:
@@ -55,17 +58,17 @@ class Session:
         ranks: Ranks,
         *,
         prepare: Prepare,
-        training: Callable[[int, int], Batches],
+        training: Callable[[int, Mapping[str, Any]], Batches],
         validation: Callable[[], Batches] | None,
         test: Callable[[], Batches] | None,
         open_log: OpenLog,
         export: Callable[[Path], None],
     ) -> None:
-        """`training(start_step, lanes)`, `validation()`, `test()` open this rank's batches; `export` writes weights."""
+        """`training(start_step, order)`, `validation()`, `test()` open this rank's batches; `export` writes weights."""
         self.config, self.state, self.ranks = config, state, ranks
         self._prepare, self._training, self._export = prepare, training, export
         self._validation, self._test = validation, test
-        self._checkpoints = Checkpoints(config.attempt, config.checkpoint.keep, config.first_attempt)
+        self._checkpoints = Checkpoints(config.attempt, config.checkpoint.keep)
         self._saver = AsyncSaver(self._checkpoints, self._committed)
         self._reporter = Reporter(config.attempt.uri, open_log) if ranks.rank == 0 else None
         self._order = dict(config.order)
@@ -78,13 +81,19 @@ class Session:
         self._images = self._seconds = 0.0
 
     def run(self) -> None:
-        """Until the last step, or until a stop is asked for; leaves outcome.json. Resumes by itself."""
+        """Until the last step, or until a stop is asked for; leaves outcome.json. Resumes by itself.
+
+        Raises TrainingError, on whichever rank it came up, with the outcome written; for the rest try again.
+        """
         try:
             self._resume()
             finished = self._train()
             self._finish(finished)
-        except TrainingError as error:  # The same on every rank: trying again would end the same way.
-            self._write_outcome(error=str(error))
+        except (TrainingError, identity.CannotResume) as error:
+            # From any rank: the others may wait for this one in a collective, and can say nothing.
+            with contextlib.suppress(store.StoreError):  # The error itself is raised, and ends the group.
+                self._write_outcome(error=str(error), begin_anew=isinstance(error, identity.CannotResume))
+            raise
         except Exception as error:
             self._write_fault(error)
             with contextlib.suppress(Exception):  # The upload under way saves the next start some steps.
@@ -105,10 +114,7 @@ class Session:
         attempt, step, starts = self.ranks.from_rank_zero(choice)
         if attempt:
             loaded = loaded or self._checkpoints.at(attempt, step)
-            lanes = loaded.state["order"]["lanes"]
-            if {**self._order, "lanes": lanes} != loaded.state["order"]:
-                raise TrainingError(f"{loaded.found.uri} was made with another order of images; use --again")
-            self._order["lanes"] = lanes
+            self._take_over(loaded)
             self.state.load(loaded.tensors, loaded.found.step)
             if self._reporter is not None:
                 for values, at in loaded.state.get("curves", ()):
@@ -122,6 +128,22 @@ class Session:
         if starts > 1 or (attempt == self.config.attempt.number and self.ranks.rank == 0):
             self._note(f"the workers were started again: {self._last_fault()}")
         self._window_step = self.state.step
+
+    def _take_over(self, loaded: Loaded) -> None:
+        """Go on with the order of the checkpoint; raises CannotResume where the images would not be the same."""
+        stored = {"window_pages": FIRST_WINDOW_PAGES, **loaded.state["order"]}
+        chosen = {name: stored[name] for name in FIXED_AT_START}
+        if {**self._order, **chosen} != stored:
+            raise identity.CannotResume(
+                f"{loaded.found.uri} was made with another order of images; begin anew with --again"
+            )
+        self._order.update(chosen)
+        engine = loaded.state.get("engine", self.config.engine)  # Not there: an earlier release wrote it.
+        if engine != self.config.engine:
+            raise identity.CannotResume(
+                f"{loaded.found.uri} was made with the decode engine {engine}, here is {self.config.engine}: pixels "
+                "would change in the middle of the run; install those versions again, or begin anew with --again"
+            )
 
     def _record_start(self, loaded: Loaded | None) -> int:
         """How often in a row this attempt has started from this step."""
@@ -168,7 +190,7 @@ class Session:
             return True
         if self._reporter is not None:
             self._reporter.progress(step=self.state.step, metrics={}, pid=os.getpid(), host=socket.gethostname())
-        with self._training(self.state.step, self._order["lanes"]) as batches:
+        with self._training(self.state.step, self._order) as batches:
             return train(self.state, batches, self.config.loop, self.ranks, self._prepare, hooks)
 
     def _window(self, step: int, metrics: dict[str, float]) -> None:
@@ -238,6 +260,7 @@ class Session:
             self.state.tensors(),
             {
                 "order": self._order,
+                "engine": self.config.engine,
                 "world_size": self.ranks.world_size,
                 "layout": {"kind": "replicated", "files": 1},
                 "curves": self._reporter.unsent() if self._reporter is not None else [],
@@ -286,8 +309,6 @@ class Session:
         self._write_outcome(**outcome)
 
     def _write_outcome(self, **fields: Any) -> None:
-        if self.ranks.rank != 0:
-            return
         metrics = {key: value for key, value in self._latest.items() if key not in {"eta_seconds", "lr"}}
         if self._seconds:
             metrics["images_per_second"] = self._images / self._seconds

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipelines import store
-from pipelines.identity import Attempt
+from pipelines.identity import Attempt, CannotResume
 from pipelines.progress import say
 from pipelines.training.names import OUTCOME, PROGRESS, STOP, TrainingError
 
@@ -90,7 +90,7 @@ def read_outcome(attempt: Attempt, failure: BaseException | None) -> Outcome:
     except store.NotFound:
         raise TrainingError(_explain(failure) if failure else "the workers ended and left no result") from failure
     if error := left.get("error"):
-        raise TrainingError(error)
+        raise (CannotResume if left.get("begin_anew") else TrainingError)(error)
     if left.get("stopped"):  # By a stop request that was not this driver's Ctrl-C.
         raise KeyboardInterrupt
     return Outcome(
@@ -106,6 +106,9 @@ def read_outcome(attempt: Attempt, failure: BaseException | None) -> Outcome:
 
 def _explain(failure: BaseException) -> str:
     """The worker's own error, out of Ray's wrappers."""
+    failure = getattr(failure, "controller_failure", None) or failure
+    if isinstance(failure, TrainingError | CannotResume):
+        return str(failure)
     workers = getattr(failure, "worker_failures", None) or {}
     for rank, error in sorted(workers.items()):
         cause = getattr(error, "cause", None) or error.__cause__ or error

@@ -10,7 +10,7 @@ import socket
 import tempfile
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines import store
-from pipelines.identity import Attempt
+from pipelines.identity import Attempt, CannotResume
 from pipelines.progress import progress
 from pipelines.reader.loader import AugmentConfig, ReaderConfig
 from pipelines.training.config import (
@@ -28,10 +28,12 @@ from pipelines.training.config import (
     ValidationConfig,
     WorkerConfig,
 )
+from pipelines.training.names import TrainingError
 from pipelines.training.schedules import ScheduleConfig
 from pipelines.training.watch import Outcome, Watcher, read_outcome, stop
 
 if TYPE_CHECKING:
+    from ray.train import UserCallback
     from ray.train.torch import TorchConfig
 
     from pipelines.tracking.run import Run
@@ -52,11 +54,12 @@ class TrainJob:
     """All that a worker needs to know; the driver resolves it once, so that every rank and every restart agree."""
 
     attempt: Attempt
-    first_attempt: int = 1  # Checkpoints of earlier attempts are ignored (`--again`).
     run_id: str | None  # MLflow run; None logs nowhere.
     corpus: str  # Reference with its digest.
     split: str
     lanes: int
+    window_pages: int
+    engine: str  # Decode engine and versions, as the driver has them.
     seed: int
     total_steps: int
     num_images: int  # In the training split.
@@ -93,7 +96,19 @@ def train_worker(config: dict[str, Any]) -> None:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32.
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    check_engine(config["job"])
     build_session(config["job"], Ranks.current(device)).run()
+
+
+def check_engine(job: TrainJob) -> None:
+    """Raises TrainingError where this node would decode other pixels than the driver's."""
+    from pipelines.reader.decode import engine_version
+
+    if (here := engine_version()) != job.engine:
+        raise TrainingError(
+            f"node {socket.gethostname()} has the decode engine {here}, the driver has {job.engine}: images would have "
+            "other pixels there; install the same versions on every node"
+        )
 
 
 def build_session(job: TrainJob, ranks: Any) -> Session:
@@ -112,7 +127,7 @@ def build_session(job: TrainJob, ranks: Any) -> Session:
     model = build_initial(job).to(ranks.device)
     batch_size = job.validation.batch_size // ranks.world_size * ranks.world_size or ranks.world_size
 
-    def training(start_step: int, lanes: int) -> Any:
+    def training(start_step: int, order: Mapping[str, Any]) -> Any:
         return train_batches(
             corpus,
             split=job.split,
@@ -124,7 +139,8 @@ def build_session(job: TrainJob, ranks: Any) -> Session:
             world_size=ranks.world_size,
             start_step=start_step,
             total_steps=job.total_steps,
-            lanes=lanes,
+            lanes=order["lanes"],
+            window_pages=order["window_pages"],
             reader=job.reader,
         )
 
@@ -145,7 +161,6 @@ def build_session(job: TrainJob, ranks: Any) -> Session:
     return Session(
         SessionConfig(
             attempt=job.attempt,
-            first_attempt=job.first_attempt,
             loop=LoopConfig(
                 train=job.train,
                 schedule=job.schedule,
@@ -162,7 +177,9 @@ def build_session(job: TrainJob, ranks: Any) -> Session:
                 "seed": job.seed,
                 "batch_size": job.train.batch_size,
                 "lanes": job.lanes,
+                "window_pages": job.window_pages,
             },
+            engine=job.engine,
             checkpoint=job.checkpoint,
             num_classes=len(corpus.class_names),
         ),
@@ -273,6 +290,7 @@ def launch(job: TrainJob, num_workers: int, use_gpu: bool) -> Outcome:
             # Ray Train's own bookkeeping; nothing of ours is read from it.
             storage_path=store.join(attempt.uri, "ray"),
             failure_config=FailureConfig(max_failures=job.workers.max_failures),
+            callbacks=[_end_on_final_error()],
         ),
         torch_config=_torch_config(),
     )
@@ -298,6 +316,19 @@ def launch(job: TrainJob, num_workers: int, use_gpu: bool) -> Outcome:
             raise
         watcher(now=True)
     return read_outcome(attempt, failures[0] if failures else None)
+
+
+def _end_on_final_error() -> UserCallback:
+    """What no second try would mend ends the run at once, also when the other ranks wait for the one that failed."""
+    from ray.train import UserCallback
+
+    class EndOnFinalError(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            for error in worker_exceptions.values():
+                if isinstance(error, TrainingError | CannotResume):
+                    raise error  # In the controller, which then ends all workers and does not start them again.
+
+    return EndOnFinalError()
 
 
 # The process group --------------------------------------------------------------------------------------------------

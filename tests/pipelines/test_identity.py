@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +31,17 @@ class Recipe(Strict):
     seed: int = 0
     inner: Inner = field(default_factory=Inner)
     workers: int = how(default=1)
+
+
+@contextmanager
+def again(recompute: bool, token: str | None = None) -> Iterator[None]:
+    """As `--again` does; with a token as that of a whole workflow does."""
+    was = identity.AGAIN.set(recompute), identity.AGAIN_OF.set(token)
+    try:
+        yield
+    finally:
+        identity.AGAIN.reset(was[0])
+        identity.AGAIN_OF.reset(was[1])
 
 
 @pytest.fixture
@@ -87,12 +101,85 @@ def test_a_finished_run_is_returned_and_a_lost_result_is_made_again(runs: Path) 
 def test_again_recomputes(runs: Path) -> None:
     work = Work()
     run_stage("toy", 1, Recipe(), INPUTS, work)
-    token = identity.AGAIN.set(True)
-    try:
+    with again(True):
         assert not run_stage("toy", 1, Recipe(), INPUTS, work).reused
-    finally:
-        identity.AGAIN.reset(token)
-    assert len(work.attempts) == 2
+        assert not run_stage("toy", 1, Recipe(), INPUTS, work).reused
+    assert [(attempt.number, attempt.first) for attempt in work.attempts] == [(1, 1), (2, 2), (3, 3)]
+
+
+def interrupted(attempt: Attempt) -> StageResult:
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_again_is_resumed_by_the_same_command_and_not_begun_anew(runs: Path) -> None:
+    work = Work()
+    first = run_stage("toy", 1, Recipe(), INPUTS, work)
+    with again(True):
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                run_stage("toy", 1, Recipe(), INPUTS, interrupted)
+        assert run_stage("toy", 1, Recipe(), INPUTS, work).uri != first.uri
+    resumed = work.attempts[1]
+    assert (resumed.number, resumed.first) == (4, 2)
+    (runs / "toy" / first.digest / "result.json").unlink()
+    run_stage("toy", 1, Recipe(), INPUTS, work)
+    assert work.attempts[2].first == 2, "what was made before the --again does not count"
+
+
+def test_until_it_is_finished_an_again_changes_nothing_for_others(runs: Path) -> None:
+    first = run_stage("toy", 1, Recipe(), INPUTS, Work())
+    with again(True), pytest.raises(KeyboardInterrupt):
+        run_stage("toy", 1, Recipe(), INPUTS, interrupted)
+    plain = run_stage("toy", 1, Recipe(), INPUTS, Work())
+    assert plain.reused and plain.uri == first.uri
+
+
+@pytest.mark.parametrize("reason", ["other code", "what is there cannot be gone on from"])
+def test_an_interrupted_again_is_begun_anew_where_going_on_makes_no_sense(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    def stuck(attempt: Attempt) -> StageResult:
+        raise identity.CannotResume("another order of images; begin anew with --again")
+
+    work = Work()
+    with again(True):
+        error = KeyboardInterrupt if reason == "other code" else identity.CannotResume
+        with pytest.raises(error):
+            run_stage("toy", 1, Recipe(), INPUTS, interrupted if reason == "other code" else stuck)
+        if reason == "other code":
+            monkeypatch.setattr(identity, "code_fingerprint", lambda: "0123456789abcdef-commit")
+        run_stage("toy", 1, Recipe(), INPUTS, work)
+    assert (work.attempts[0].number, work.attempts[0].first) == (2, 2)
+
+
+def test_the_again_of_a_workflow_takes_what_it_has_made_itself(runs: Path) -> None:
+    work = Work()
+    run_stage("toy", 1, Recipe(), INPUTS, work)
+    with again(True, "token 1"):
+        assert not run_stage("toy", 1, Recipe(), INPUTS, work).reused
+        assert run_stage("toy", 1, Recipe(), INPUTS, work).reused
+    with again(True, "token 2"):
+        assert not run_stage("toy", 1, Recipe(), INPUTS, work).reused
+
+
+def test_a_result_whose_output_is_gone_is_made_again(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    work = Work()
+
+    def write(attempt: Attempt) -> StageResult:
+        uri = store.join(attempt.uri, "out")
+        store.write(uri, b"x")
+        return replace(work(attempt), uri=uri)
+
+    def made() -> StageResult:
+        return run_stage("toy", 1, Recipe(), INPUTS, write, missing=identity.missing_object)
+
+    first = made()
+    assert made().reused
+    store.delete(first.uri)
+    second = made()
+    assert not second.reused and second.uri != first.uri
+    assert f"finished before, but its output {first.uri} is gone; it is made again" in capsys.readouterr().out
+    assert made() == replace(second, reused=True)
 
 
 def test_a_failed_run_leaves_no_result_and_the_same_command_resumes(runs: Path) -> None:
@@ -145,8 +232,69 @@ def test_a_writer_that_lost_its_lease_commits_nothing(runs: Path) -> None:
     assert find_result("toy", digest_of("toy", 1, Recipe(), INPUTS)) is None
 
 
+def test_a_result_is_never_written_over_that_of_a_later_attempt(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lease is lost, and the other attempt ends, between the last look at the lease and the write."""
+    check = identity.Lease.check
+    other = Work()
+
+    def late(held: identity.Lease) -> None:
+        check(held)
+        monkeypatch.setattr(identity.Lease, "check", check)
+        record = store.read_json(held.uri)
+        store.write_json(held.uri, {**record, "expires": 0.0})
+        run_stage("toy", 1, Recipe(), INPUTS, other)
+
+    monkeypatch.setattr(identity.Lease, "check", late)
+    with pytest.raises(LeaseLost, match="attempt 2 has written its result; attempt 1 writes nothing more"):
+        run_stage("toy", 1, Recipe(), INPUTS, Work())
+    assert other.attempts[0].number == 2
+    result = find_result("toy", other.attempts[0].digest)
+    assert result is not None and result.uri == other.attempts[0].uri
+
+
+def test_the_holder_of_the_lease_writes_over_what_a_former_attempt_left_late(runs: Path) -> None:
+    place = runs / "toy" / digest_of("toy", 1, Recipe(), INPUTS)
+
+    def overtaken(attempt: Attempt) -> StageResult:
+        result = Work()(attempt)
+        store.write_json(str(place / "result.json"), {"attempt": 0, "result": {"stage": "toy"}})
+        return result
+
+    made = run_stage("toy", 1, Recipe(), INPUTS, overtaken)
+    assert find_result("toy", made.digest) == replace(made, reused=True)
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_lease_of_an_earlier_release_is_read(tmp_path: Path, alive: bool) -> None:
+    """It names its holder by pid and psutil's start time in seconds."""
+    import psutil
+
+    uri = str(tmp_path / "lease.json")
+    started = round(psutil.Process().create_time(), 2) - (0 if alive else 100)
+    record = {"token": "t", "attempt": 3, "host": socket.gethostname(), "pid": os.getpid(), "started": started}
+    store.write_json(uri, {**record, "expires": time.time() + 100})
+    if alive:
+        with pytest.raises(Held, match="attempt 3"), identity.lease(uri, "toy"):
+            pass
+    else:
+        with identity.lease(uri, "toy") as held:
+            assert held.attempt == 4
+
+
+def test_a_clock_that_is_set_does_not_make_a_holder_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import psutil
+
+    uri = str(tmp_path / "lease.json")
+    with identity.lease(uri, "toy"):
+        # What a step of the wall clock does to psutil.
+        moved = psutil.Process.create_time
+        monkeypatch.setattr(psutil.Process, "create_time", lambda process: moved(process) + 3600)
+        with pytest.raises(Held), identity.lease(uri, "toy"):
+            pass
+
+
 def test_a_lease_is_renewed_while_it_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(identity, "RENEW_SECONDS", 0.05)
+    monkeypatch.setattr("pipelines.lease.RENEW_SECONDS", 0.05)
     uri = str(tmp_path / "lease.json")
     with identity.lease(uri, "toy") as held:
         before = store.read_json(uri)["expires"]

@@ -41,9 +41,9 @@ def place(stack: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     yield tmp_path
 
 
-def register(folder: Path, digest: str, name: str, number: int = 1, seed: int = 0) -> str:
+def register(folder: Path, digest: str, name: str, number: int = 1, seed: int = 0, first: int = 1) -> str:
     weights = save_toy(folder / f"toy{seed}.safetensors", seed)
-    own = attempt(digest, number)
+    own = attempt(digest, number, first=first)
     with track(own, ToyRecipe(), corpus=ToyCorpus()) as run:
         return registry.register_version(
             run,
@@ -82,11 +82,9 @@ def test_a_stage_run_registers_one_version_however_often_it_is_tried(place: Path
     digest = digest_named("once")
     first = register(place, digest, "toy-once")
     assert register(place, digest, "toy-once", number=2, seed=1) == first
-    token = identity.AGAIN.set(True)
-    try:
-        assert register(place, digest, "toy-once", number=3, seed=1) != first
-    finally:
-        identity.AGAIN.reset(token)
+    again = register(place, digest, "toy-once", number=3, seed=1, first=3)
+    assert again != first
+    assert register(place, digest, "toy-once", number=4, seed=2, first=3) == again, "an --again that was interrupted"
 
 
 @stack_needed

@@ -99,12 +99,10 @@ def test_compute_again_opens_a_new_run(place: Path) -> None:
         pass
     with track(attempt(digest, 2), ToyRecipe()) as reopened:
         assert reopened.id == first.id
-    token = identity.AGAIN.set(True)
-    try:
-        with track(attempt(digest, 3), ToyRecipe()) as new:
-            assert new.id != first.id
-    finally:
-        identity.AGAIN.reset(token)
+    with track(attempt(digest, 3, first=3), ToyRecipe()) as new:
+        assert new.id != first.id
+    with track(attempt(digest, 4, first=3), ToyRecipe()) as resumed:
+        assert resumed.id == new.id
 
 
 @stack_needed

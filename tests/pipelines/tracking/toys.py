@@ -37,11 +37,11 @@ class ToyCorpus:
     class_names: tuple[str, ...] = CLASSES
 
 
-def attempt(digest: str, number: int = 1, stage: str = "toystage") -> identity.Attempt:
+def attempt(digest: str, number: int = 1, stage: str = "toystage", first: int = 1) -> identity.Attempt:
     """An attempt that holds its lease, as run_stage gives it."""
     root = store.join(identity.runs(), stage, digest)
     store.write_json(store.join(root, "lease.json"), {"token": f"token {number}"})
-    return identity.Attempt(stage, digest, number, root, f"token {number}")
+    return identity.Attempt(stage, digest, number, root, f"token {number}", first)
 
 
 def digest_named(text: str) -> str:

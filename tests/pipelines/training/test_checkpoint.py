@@ -25,6 +25,7 @@ class Lost(RuntimeError):
 class Place:
     root: str
     number: int = 1
+    first: int = 1
     digest: str = "d" * 64
     held: bool = True
 
@@ -138,7 +139,7 @@ def test_all_attempts_of_a_digest_are_scanned_newest_step_first(place: Place) ->
     later = Place(place.root, number=2)
     checkpoints = save(later, 20)
     assert [(found.step, found.attempt) for found in checkpoints.found()] == [(30, 1), (20, 2), (10, 1)]
-    assert [found.step for found in Checkpoints(later, first_attempt=2).found()] == [20]
+    assert [found.step for found in Checkpoints(Place(place.root, number=3, first=2)).found()] == [20]
 
 
 def test_retention_keeps_the_newest_and_sweeps_orphans_of_older_attempts(place: Place) -> None:

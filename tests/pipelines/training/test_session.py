@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,9 @@ class Place:
     def __init__(self, folder: Path) -> None:
         self.root = str(folder / "runs" / "pretrain" / ("d" * 64))
 
-    def attempt(self, number: int) -> identity.Attempt:
+    def attempt(self, number: int, first: int = 1) -> identity.Attempt:
         store.write_json(store.join(self.root, "lease.json"), {"token": f"t{number}"})
-        return identity.Attempt("pretrain", "d" * 64, number, self.root, f"t{number}")
+        return identity.Attempt("pretrain", "d" * 64, number, self.root, f"t{number}", first)
 
     def read(self, number: int, name: str) -> Any:
         return json.loads((Path(self.root) / "attempts" / str(number) / name).read_text())
@@ -57,12 +57,13 @@ def session(
     *,
     until: Callable[[int], None] = lambda step: None,
     lanes: int = 4,
-    first_attempt: int = 1,
+    window_pages: int = 4,
+    engine: str = "wheels 1",
 ) -> Session:
     state = make_state()
 
     @contextmanager
-    def training(start: int, lanes: int) -> Iterator[Iterator[Batch]]:
+    def training(start: int, order: Mapping[str, Any]) -> Iterator[Iterator[Batch]]:
         def watched() -> Iterator[Batch]:
             for batch in make_batches(start):
                 until(batch.step or 0)
@@ -83,10 +84,10 @@ def session(
         SessionConfig(
             attempt=attempt,
             loop=make_config(STEPS, validate_every_steps=8),
-            order={"corpus": "c", "lanes": lanes},
+            order={"corpus": "c", "lanes": lanes, "window_pages": window_pages},
+            engine=engine,
             checkpoint=CheckpointConfig(every_seconds=1e9, every_steps=5),
             num_classes=CLASSES,
-            first_attempt=first_attempt,
         ),
         state,
         Ranks(),
@@ -149,16 +150,26 @@ def test_a_killed_run_leaves_no_hole_in_its_curves(place: Place) -> None:
 def test_lanes_come_from_the_checkpoint_whatever_the_new_start_would_choose(place: Place) -> None:
     with pytest.raises(Killed):
         session(place.attempt(1), until=kill_at(11)).run()
-    again = session(place.attempt(2), lanes=8)
+    again = session(place.attempt(2), lanes=8, window_pages=2)
     again.run()
-    assert again._order["lanes"] == 4
+    assert (again._order["lanes"], again._order["window_pages"]) == (4, 4)
 
 
 def test_again_starts_from_the_beginning(place: Place) -> None:
     session(place.attempt(1)).run()
     seen: list[int] = []
-    session(place.attempt(2), until=seen.append, first_attempt=2).run()
+    session(place.attempt(2, first=2), until=seen.append).run()
     assert seen[0] == 0 and place.weights(1) == place.weights(2)
+
+
+def test_an_interrupted_again_goes_on_with_its_own_checkpoints(place: Place) -> None:
+    session(place.attempt(1)).run()
+    with pytest.raises(Killed):
+        session(place.attempt(2, first=2), until=kill_at(12)).run()
+    seen: list[int] = []
+    session(place.attempt(3, first=2), until=seen.append).run()
+    assert seen[0] in {5, 10}
+    assert place.weights(3) == place.weights(1)
 
 
 def test_a_finished_training_whose_result_was_lost_is_measured_again_and_not_trained_again(place: Place) -> None:
@@ -217,7 +228,8 @@ def test_what_fails_again_and_again_from_the_same_step_is_given_up_with_its_reas
         with pytest.raises(RuntimeError):
             session(attempt, until=fail).run()
     assert place.read(1, FAULT)["error"] == "RuntimeError: the disk is on fire"
-    session(attempt, until=fail).run()
+    with pytest.raises(TrainingError, match="started 4 times"):
+        session(attempt, until=fail).run()
     error = place.read(1, OUTCOME)["error"]
     assert "started 4 times from step 5" in error and "the disk is on fire" in error
 
@@ -227,7 +239,8 @@ def test_a_loss_that_is_not_finite_is_an_outcome_and_not_a_retry(place: Place) -
     with torch.no_grad():
         for parameter in one.state.model.parameters():
             parameter.fill_(float("inf"))
-    one.run()
+    with pytest.raises(TrainingError, match="step 0 is not finite"):
+        one.run()
     assert "step 0 is not finite" in place.read(1, OUTCOME)["error"]
 
 
@@ -264,5 +277,43 @@ def test_another_order_of_images_is_refused(place: Place) -> None:
         session(place.attempt(1), until=kill_at(11)).run()
     one = session(place.attempt(2))
     one._order["corpus"] = "other"
-    with pytest.raises(TrainingError, match="another order of images"):
-        one._resume()
+    with pytest.raises(identity.CannotResume, match="another order of images"):
+        one.run()
+    assert place.read(2, OUTCOME)["begin_anew"]
+
+
+def test_another_decode_engine_in_the_middle_of_a_run_is_refused(place: Place) -> None:
+    with pytest.raises(Killed):
+        session(place.attempt(1), until=kill_at(11)).run()
+    with pytest.raises(
+        identity.CannotResume, match=r"made with the decode engine wheels 1, here is wheels 2: .*--again"
+    ):
+        session(place.attempt(2), engine="wheels 2").run()
+    left = place.read(2, OUTCOME)
+    assert "install those versions again" in left["error"] and left["begin_anew"]
+    session(place.attempt(3)).run()
+    session(place.attempt(4, first=4), engine="wheels 2").run()
+
+
+def test_a_checkpoint_of_before_engines_and_windows_were_kept_is_taken(place: Place) -> None:
+    one = session(place.attempt(1))
+    one._order.pop("window_pages")
+    whole = one._checkpoints.save(5, one.state.tensors(), {"order": one._order, "curves": []})
+    seen: list[int] = []
+    session(place.attempt(2), until=seen.append).run()
+    assert seen[0] == whole.step == 5
+
+
+def test_a_final_error_of_any_rank_is_left_for_the_driver(place: Place) -> None:
+    """A rank other than 0 says it, since rank 0 hangs in a collective."""
+    one = session(place.attempt(1))
+    one.ranks = Ranks(1, 1)
+    one._reporter = None
+
+    def fail() -> None:
+        raise TrainingError("the batches ended")
+
+    one._resume = fail  # type: ignore[method-assign]
+    with pytest.raises(TrainingError):
+        one.run()
+    assert place.read(1, OUTCOME)["error"] == "the batches ended"
