@@ -17,7 +17,7 @@ from pipelines.workflow.stages import STAGES, exit_code, nearest, recipe_class
 
 __all__ = ["UsageError", "main"]
 
-OK, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+OK, FAILED, USAGE, REFUSED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 OURS = ("pipelines", "infra", "vit_model")
 
 
@@ -42,7 +42,7 @@ class Verb:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0 done, 1 failed, 2 wrong command or recipe, 130 interrupted."""
+    """Runs one command; its exit code is 0 done, 1 failed, 2 wrong command or recipe, 3 refused, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = "vit " + shlex.join(arguments)
     debug = "--debug" in arguments
@@ -307,8 +307,8 @@ def _say_help() -> None:
     _write(
         "\nA RECIPE is a YAML path or the name of a packaged recipe (`vit recipes`); `vit VERB RECIPE --help` shows its"
         "\nfields. A finished stage is not computed again: its result is reused; --again recomputes."
-        "\n--debug shows tracebacks. Exit code: 0 done, 1 failed, 2 wrong command or recipe, 130 interrupted (the same"
-        "\ncommand resumes)."
+        "\n--debug shows tracebacks. Exit code: 0 done, 1 failed, 2 wrong command or recipe, 3 a promotion was refused,"
+        "\n130 interrupted (the same command resumes)."
     )
 
 
@@ -325,11 +325,14 @@ def _report(error: Exception, debug: bool) -> int:
             _say_traceback(error)
         return USAGE
     from pipelines.identity import Held
-    from pipelines.workflow.runner import StepFailed, root_error
+    from pipelines.workflow.runner import NotRun, StepFailed, root_error
 
     if isinstance(error, Held):
         _say_error(str(error))
         return OK
+    if isinstance(error, StepFailed) and isinstance(error.__cause__, NotRun):
+        _say_error(f"step {error.step} was not run: {error.__cause__}")
+        return REFUSED
     step = f"step {error.step}: " if isinstance(error, StepFailed) else ""
     root = root_error(error.__cause__ if isinstance(error, StepFailed) and error.__cause__ else error)
     expected = isinstance(root, ValueError | OSError) or type(root).__module__.split(".")[0] in OURS

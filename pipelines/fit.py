@@ -107,24 +107,26 @@ def train_model(
     input_spec: InputSpec,
 ) -> Outcome:
     """Work out the job, say what will be done, and do it on the cluster."""
-    import ray
-
     from pipelines.reader.decode import engine_version
     from pipelines.reader.loader import WINDOW_PAGES, choose_lanes
-    from pipelines.training.worker import TrainJob, connect, count_workers, launch
+    from pipelines.training.worker import TrainJob, choose_placement, connect, launch, shown
     from vit_model import OutputSpec, build_model, count_parameters, forward_macs
 
     connect()
-    num_workers, use_gpu = count_workers(recipe.workers)
+    placement = choose_placement(recipe.workers)
+    num_workers = placement.count
     num_images = corpus.splits[recipe.split]
     total_steps = recipe.train.steps(num_images)
     recipe.schedule.check(total_steps)
     batch_size, num_classes = recipe.train.batch_size, len(corpus.class_names)
     # At least two, so that one worker and two see the same order.
     lanes = choose_lanes(corpus.pages(recipe.split), batch_size, max(2, num_workers), recipe.lanes)
-    free = float(ray.cluster_resources().get("CPU", 1.0)) - num_workers * recipe.workers.cpus
-    # Each rank reads by itself; on a small machine their read tasks must fit beside each other.
-    reader = replace(recipe.reader, num_cpus=max(0.05, min(recipe.reader.num_cpus, free / num_workers)))
+    reader = recipe.reader
+    if (
+        not placement.waits
+    ):  # Each rank reads by itself; on a small machine their read tasks must fit beside each other.
+        free = shown()[0] - num_workers * recipe.workers.cpus
+        reader = replace(reader, num_cpus=max(0.05, min(reader.num_cpus, free / num_workers)))
     job = TrainJob(
         attempt=attempt,
         run_id=run_id,
@@ -152,14 +154,15 @@ def train_model(
         validation=recipe.validation,
         checkpoint=recipe.checkpoint,
         workers=recipe.workers,
+        use_gpu=placement.use_gpu,
     )
     parameters = count_parameters(build_model(model, num_classes, head, device="meta"))
     say(
-        f"{attempt.stage}: batch {batch_size} over {num_workers} {'GPU' if use_gpu else 'CPU'} workers, "
+        f"{attempt.stage}: batch {batch_size} over {placement}, "
         f"{total_steps:,} steps = {total_steps * batch_size / num_images:.3g} epochs of {num_images:,} images, "
         f"{parameters:,} parameters; {identity.code_origin()}"
     )
-    return launch(job, num_workers, use_gpu)
+    return launch(job, placement)
 
 
 def metrics_of(outcome: Outcome) -> dict[str, float]:

@@ -217,32 +217,31 @@ def _with_ray(
 
     import ray
 
+    from pipelines.evaluation.placement import place
+
     if not ray.is_initialized():
         ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, logging_level="WARNING")
     cpus, gpus = (float(ray.cluster_resources().get(name, 0.0)) for name in ("CPU", "GPU"))
-    use_gpu = recipe.device != "cpu" and gpus >= 1
-    if recipe.device == "cuda" and not use_gpu:
-        raise ValueError("device='cuda': the cluster has no GPU; use device: auto or cpu")
-    workers = recipe.num_workers or int(gpus if use_gpu else max(1.0, cpus // 2))
-    if cpus - workers < 1:
-        raise ValueError(
-            f"the cluster has {cpus:g} CPUs and num_workers={workers} would hold {workers}: none is left for reading; "
-            "use fewer workers, or num_workers: 0 to predict in this process"
-        )
+    # The embedded head is one machine; any other cluster may still grow.
+    placed = place(recipe.device, recipe.num_workers, cpus, gpus, can_grow="VIT_STATE" not in os.environ)
+    if placed.waits:
+        say(f"predict: waiting for {placed}; the cluster shows {cpus:g} CPUs and {gpus:g} GPUs (`ray status`)")
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     dataset = ray.data.from_arrow(blocks)
     dataset.context.execution_options.preserve_order = True
     dataset.context.target_max_block_size = 2 * BLOCK_BYTES
-    read = dataset.map_batches(read_block, fn_args=(spec,), batch_size=None, batch_format="pyarrow", num_cpus=1)
+    read = dataset.map_batches(
+        read_block, fn_args=(spec,), batch_size=None, batch_format="pyarrow", num_cpus=placed.cpus
+    )
     answered = read.map_batches(
         Model,
-        fn_constructor_args=(source, "cuda" if use_gpu else "cpu"),
+        fn_constructor_args=(source, "cuda" if placed.use_gpu else "cpu"),
         batch_size=recipe.batch_size,
         batch_format="pyarrow",
-        num_cpus=1,
-        num_gpus=1 if use_gpu else 0,
-        concurrency=workers,
+        num_cpus=placed.cpus,
+        num_gpus=1 if placed.use_gpu else 0,
+        concurrency=placed.count,
     )
     yield from answered.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
 

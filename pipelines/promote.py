@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pipelines.identity import Attempt
     from pipelines.tracking.registry import VersionInfo
 
-__all__ = ["REFUSED", "STAGE", "VERSION", "Decision", "PromoteRecipe", "exit_code", "run"]
+__all__ = ["REFUSED", "STAGE", "VERSION", "Decision", "PromoteRecipe", "exit_code", "made_nothing", "run"]
 
 STAGE = "promote"
 VERSION = 1
@@ -77,6 +77,11 @@ class ChampionMoved(RuntimeError):
 def exit_code(result: StageResult) -> int:
     """0 when the candidate is the champion now, REFUSED when the gate refused it."""
     return 0 if result.details.get("passed") else REFUSED
+
+
+def made_nothing(uri: str) -> str | None:
+    """A refusal with no champion before it leaves an alias that points nowhere; every other result is a version."""
+    return "nothing was promoted" if "@" in uri else None
 
 
 def run(recipe: PromoteRecipe) -> StageResult:

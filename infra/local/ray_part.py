@@ -111,6 +111,11 @@ def _environment(launch: Launch) -> dict[str, str]:
         # Idle workers cost 60 MB each; the first task starts one in a second.
         "RAY_prestart_worker_first_driver": "0",
         "RAY_enable_worker_prestart": "0",
+        # Training pauses its readers for seconds at a time; Ray would end them after one, and each new one costs three
+        # seconds of CPU in imports. What a finished job leaves is ended at once all the same.
+        "RAY_idle_worker_killing_time_threshold_ms": "60000",
+        # One machine: there is no node whose loss could be foreseen, and the watcher is a process of its own.
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         # A dead dataset's claim on the cluster would block the next one for 180 s.
         "RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "30",
         "RAY_ROTATION_MAX_BYTES": str(16 << 20),

@@ -250,6 +250,8 @@ class WorkerConfig(Strict):
     """The processes that train. None of it decides the result beyond the order of rounding."""
 
     count: int | None = how(default=None)  # Train workers; null: one per GPU, or two on CPUs (one on a single core).
+    # auto: GPUs if the cluster shows any, else CPUs. cuda: a GPU each; on a cluster that grows they are waited for.
+    device: Literal["auto", "cpu", "cuda"] = how(default="auto")
     cpus: float = how(default=0.05)  # Logical CPUs each reserves; small on a laptop, so that reading gets the rest.
     max_failures: int = how(default=8)  # Restarts of the worker group before the run counts as failed.
     log_every_steps: int = how(default=20)  # Steps between two points in the curves.

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines import store
 from pipelines.identity import Attempt, CannotResume
-from pipelines.progress import progress
+from pipelines.progress import progress, say
 from pipelines.reader.loader import AugmentConfig, ReaderConfig
 from pipelines.training.config import (
     AnyOptimizer,
@@ -28,7 +28,9 @@ from pipelines.training.config import (
     ValidationConfig,
     WorkerConfig,
 )
+from pipelines.training.curves import FreshPoints
 from pipelines.training.names import TrainingError
+from pipelines.training.placement import Patience, Placement, place
 from pipelines.training.schedules import ScheduleConfig
 from pipelines.training.watch import Outcome, Watcher, read_outcome, stop
 
@@ -36,12 +38,11 @@ if TYPE_CHECKING:
     from ray.train import UserCallback
     from ray.train.torch import TorchConfig
 
-    from pipelines.tracking.run import Run
     from pipelines.training.reporter import Log
     from pipelines.training.session import Session
     from vit_model import InputSpec, Model, ModelConfig, OutputSpec
 
-__all__ = ["TrainJob", "connect", "count_workers", "launch", "train_worker"]
+__all__ = ["TrainJob", "choose_placement", "connect", "launch", "shown", "train_worker"]
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ class TrainJob:
     validation: ValidationConfig
     checkpoint: CheckpointConfig
     workers: WorkerConfig
+    use_gpu: bool
 
 
 # The worker ---------------------------------------------------------------------------------------------------------
@@ -90,14 +92,15 @@ def train_worker(config: dict[str, Any]) -> None:
     from pipelines.training.parallel import Ranks, pick_device
 
     context = ray.train.get_context()
-    device = pick_device(context.get_local_rank())
+    job: TrainJob = config["job"]
+    device = pick_device(context.get_local_rank()) if job.use_gpu else torch.device("cpu")
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, context.get_local_world_size())))
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32.
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    check_engine(config["job"])
-    build_session(config["job"], Ranks.current(device)).run()
+    check_engine(job)
+    build_session(job, Ranks.current(device)).run()
 
 
 def check_engine(job: TrainJob) -> None:
@@ -227,26 +230,9 @@ def open_log(job: TrainJob) -> Iterator[Log]:
 
     run = Run.attach(job.run_id, job.attempt)
     try:
-        yield _MlflowLog(run)
+        yield FreshPoints(run)
     finally:
         run.close()
-
-
-class _MlflowLog:
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self._last: dict[str, int] = {}  # Last step of each key that MLflow has or will be sent.
-
-    def __call__(self, values: dict[str, float], step: int) -> None:
-        for key in values.keys() - self._last.keys():
-            self._last[key] = self._run.last_step(key)
-        fresh = {key: value for key, value in values.items() if step > self._last[key]}
-        if fresh:
-            self._run.log_metrics(fresh, step)
-            self._last.update(dict.fromkeys(fresh, step))
-
-    def flush(self) -> bool:
-        return self._run.flush()
 
 
 # The driver ---------------------------------------------------------------------------------------------------------
@@ -261,30 +247,30 @@ def connect() -> None:
         ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, logging_level="WARNING")
 
 
-def count_workers(workers: WorkerConfig) -> tuple[int, bool]:
-    """How many workers, and whether each takes a GPU."""
+def choose_placement(workers: WorkerConfig) -> Placement:
+    """From what the cluster shows now. The embedded head is one machine; any other cluster may still grow."""
+    return place(workers, *shown(), can_grow="VIT_STATE" not in os.environ)
+
+
+def shown() -> tuple[float, float]:
+    """CPUs and GPUs of the cluster as it is now."""
     import ray
 
     resources = ray.cluster_resources()
-    gpus = int(resources.get("GPU", 0))
-    if gpus and workers.count is not None and workers.count > gpus:
-        raise ValueError(f"workers.count={workers.count} is more than the cluster's {gpus} GPUs; nearest: {gpus}")
-    if gpus:
-        return workers.count or gpus, True
-    return workers.count or min(2, max(1, int(resources.get("CPU", 1)))), False
+    return float(resources.get("CPU", 0.0)), float(resources.get("GPU", 0.0))
 
 
-def launch(job: TrainJob, num_workers: int, use_gpu: bool) -> Outcome:
+def launch(job: TrainJob, placement: Placement) -> Outcome:
     """Train, showing progress. On Ctrl-C the workers store a checkpoint and end, then KeyboardInterrupt goes on."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    attempt = job.attempt
+    attempt, use_gpu = job.attempt, placement.use_gpu
     resources = {"CPU": job.workers.cpus, **({"GPU": 1.0} if use_gpu else {})}
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job},
-        scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, resources_per_worker=resources),
+        scaling_config=ScalingConfig(num_workers=placement.count, use_gpu=use_gpu, resources_per_worker=resources),
         run_config=RunConfig(
             name=attempt.name,
             # Ray Train's own bookkeeping; nothing of ours is read from it.
@@ -306,11 +292,13 @@ def launch(job: TrainJob, num_workers: int, use_gpu: bool) -> Outcome:
     thread = threading.Thread(target=fit, name="trainer", daemon=True)
     thread.start()
     with progress(attempt.stage, job.total_steps, "steps") as bar:
-        watcher = Watcher(attempt, bar.update)
+        watcher, patience = Watcher(attempt, bar.update), Patience(placement)
         try:
             while thread.is_alive():
                 thread.join(POLL_SECONDS)
                 watcher()
+                if not watcher.latest and patience.is_due():
+                    say(patience.word(*shown()))
         except KeyboardInterrupt:
             stop(attempt, thread, watcher)
             raise

@@ -22,9 +22,11 @@ def duration(seconds: float) -> str:
 
 
 def say_step(outcome: Outcome) -> None:
-    """One line when a step of a workflow is done."""
+    """One line when a step of a workflow is done; of a refusal that was decided before also the reason."""
     result = outcome.result
     say(f"{outcome.step:<18} {how_it_came(outcome):<7} {result.digest[:12]}  {duration(outcome.seconds):>9}")
+    if result.reused and result.details.get("passed") is False:
+        say(f"  {result.details['reason']}")
 
 
 def say_result(outcome: Outcome) -> None:

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipelines.workflow.stages import stage_run
+from pipelines.workflow.stages import made_nothing, stage_run
 
 if TYPE_CHECKING:
     from pipelines.identity import StageResult
     from pipelines.workflow.spec import Workflow
 
-__all__ = ["Outcome", "StepFailed", "again", "root_error", "run_plain", "run_stage_named", "run_step"]
+__all__ = ["NotRun", "Outcome", "StepFailed", "again", "root_error", "run_plain", "run_stage_named", "run_step"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,10 @@ class StepFailed(RuntimeError):
     def __init__(self, step: str, error: BaseException) -> None:
         super().__init__(f"step {step}: {root_error(error)}")
         self.step = step
+
+
+class NotRun(RuntimeError):
+    """A step has nothing to work on: a gate upstream refused, which is an answer and no failure."""
 
 
 @contextmanager
@@ -54,8 +58,11 @@ def run_stage_named(stage: str, recipe: Any, *, step: str | None = None) -> Outc
 
 
 def run_step(workflow: Workflow, name: str, uris: Mapping[str, str]) -> Outcome:
-    """One step; `uris` maps the steps it takes from to what they produced."""
+    """One step; `uris` maps the steps it takes from to what they produced. NotRun if that is nothing."""
     step = workflow.steps[name]
+    for source in step.inputs.values():
+        if nothing := made_nothing(workflow.steps[source].stage, uris[source]):
+            raise NotRun(nothing)
     recipe = workflow.recipe(name, uris)
     if step.where == "job":
         from pipelines.workflow.submit import run_as_job

@@ -12,7 +12,7 @@ from pipelines.config import RecipeError
 if TYPE_CHECKING:
     from pipelines.identity import StageResult
 
-__all__ = ["STAGES", "exit_code", "nearest", "recipe_class", "stage_run"]
+__all__ = ["STAGES", "exit_code", "made_nothing", "nearest", "recipe_class", "stage_run"]
 
 # Stage NAME is the module pipelines.NAME with `VERSION`, `run` and the class NameRecipe. In the order of the flow.
 STAGES: Mapping[str, str] = {
@@ -43,6 +43,13 @@ def exit_code(stage: str, result: StageResult) -> int:
     _known(stage)
     own: Callable[[StageResult], int] | None = getattr(import_module(f"pipelines.{stage}"), "exit_code", None)
     return own(result) if own is not None else 0
+
+
+def made_nothing(stage: str, uri: str) -> str | None:
+    """Why a finished run of this stage left nothing for a next step to take, or None; `uri` is what it returned."""
+    _known(stage)
+    own: Callable[[str], str | None] | None = getattr(import_module(f"pipelines.{stage}"), "made_nothing", None)
+    return own(uri) if own is not None else None
 
 
 def nearest(name: str, names: Iterable[str], count: int = 1) -> str:

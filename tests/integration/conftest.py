@@ -27,12 +27,13 @@ def own_root(stack: Endpoints, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     yield
 
 
-def run(images: Path, *flags: str) -> dict[str, Any]:
-    """Run the workflow as `vit run` does; outcomes by step."""
+def run(images: Path, *flags: str, **more: dict[str, Any]) -> dict[str, Any]:
+    """Run the workflow as `vit run` does, with more values by step; outcomes by step."""
+    from pipelines.workflow.report import say_step
     from pipelines.workflow.spec import load_workflow
 
     values = {"shard": {"source": str(images)}, "predict": {"images": str(images / "digit-1"), "split": None}}
-    return cli.run_workflow(load_workflow("smoke", values), plain="--plain" in flags, observe=lambda outcome: None)
+    return cli.run_workflow(load_workflow("smoke", {**values, **more}), plain="--plain" in flags, observe=say_step)
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,11 @@ import pytest
 import yaml
 
 from pipelines import store
+from pipelines.cli import _report
 from pipelines.config import find_recipe
 from pipelines.identity import find_result
 from pipelines.why import main as why
+from pipelines.workflow.runner import NotRun, StepFailed
 from tests.integration.conftest import run
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
@@ -73,6 +75,19 @@ def test_a_lost_result_makes_exactly_that_stage_run_again(first: dict[str, Any],
     second = run(images, "--plain")
     assert [name for name, outcome in second.items() if not outcome.result.reused] == [lost]
     assert second[lost].result.uri.split("/attempts/")[0] == result.uri.split("/attempts/")[0]
+
+
+def test_a_refused_promotion_ends_cleanly_with_predict_not_run(
+    first: dict[str, Any], images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):  # Decided, then found decided.
+        with pytest.raises(StepFailed) as caught:
+            run(images, promote={"minimum": 0.999, "alias": "flawless"})
+        assert isinstance(caught.value.__cause__, NotRun)
+        assert _report(caught.value, debug=False) == 3
+        told = capsys.readouterr()
+        assert "below the minimum 0.999" in told.out
+        assert "step predict was not run: nothing was promoted" in told.err
 
 
 def test_why_says_what_is_finished_and_what_differs(

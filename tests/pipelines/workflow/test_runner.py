@@ -9,8 +9,9 @@ import pytest
 
 from pipelines import store
 from pipelines.identity import Held, lease, runs
-from pipelines.workflow.runner import Outcome, StepFailed, again, run_plain
+from pipelines.workflow.runner import NotRun, Outcome, StepFailed, again, run_plain
 from pipelines.workflow.spec import Workflow, load_workflow
+from tests.pipelines.workflow import brew
 
 Run = Callable[[Workflow, Callable[[Outcome], None]], dict[str, Outcome]]
 
@@ -97,6 +98,16 @@ def test_nothing_more_is_started_after_a_failure(run: Run, write: Callable[[str,
     with pytest.raises(StepFailed, match="step one"):
         run(load_workflow(path), lambda outcome: seen.append(outcome.step))
     assert not seen
+
+
+def test_a_step_whose_gate_made_nothing_is_not_run_and_did_not_fail(
+    run: Run, two_cups: Workflow, house: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(brew, "made_nothing", lambda uri: f"{uri.rsplit('/', 1)[1]} is empty", raising=False)
+    with pytest.raises(StepFailed, match=r"step second: cup\.txt is empty") as caught:
+        run(two_cups, lambda _: None)
+    assert isinstance(caught.value.__cause__, NotRun)
+    assert brewed(house) == 1
 
 
 def test_an_interrupt_ends_the_run_as_an_interrupt(run: Run, two_cups: Workflow) -> None:

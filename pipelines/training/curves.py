@@ -1,0 +1,34 @@
+"""Points of the curves that the tracking server does not have yet: a resumed run logs none twice."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+__all__ = ["Curves", "FreshPoints"]
+
+
+class Curves(Protocol):
+    """What is needed of a tracking run (pipelines.tracking.run.Run)."""
+
+    def last_step(self, key: str) -> int: ...
+    def log_metrics(self, values: dict[str, float], step: int) -> None: ...
+    def flush(self) -> bool: ...
+
+
+class FreshPoints:
+    """Hands on what is after the last step that the tracking server has of each curve."""
+
+    def __init__(self, run: Curves) -> None:
+        self._run = run
+        self._last: dict[str, int] = {}  # Last step of each key that MLflow has or will be sent.
+
+    def __call__(self, values: dict[str, float], step: int) -> None:
+        for key in values.keys() - self._last.keys():
+            self._last[key] = self._run.last_step(key)
+        fresh = {key: value for key, value in values.items() if step > self._last[key]}
+        if fresh:
+            self._run.log_metrics(fresh, step)
+            self._last.update(dict.fromkeys(fresh, step))
+
+    def flush(self) -> bool:
+        return self._run.flush()

@@ -1,0 +1,87 @@
+"""Which workers a run gets, from the recipe and what the cluster shows; and what is said of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipelines.training import placement
+from pipelines.training.config import WorkerConfig
+from pipelines.training.placement import Patience, Placement, place
+
+
+def workers(**given: object) -> WorkerConfig:
+    return WorkerConfig(**given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "cpus", "gpus", "can_grow", "count", "use_gpu", "waits"),
+    [
+        ({}, 2, 0, False, 2, False, False),
+        ({}, 1, 0, False, 1, False, False),
+        ({}, 0, 0, True, 1, False, False),  # A head without CPUs, no worker node yet.
+        ({}, 48, 4, True, 4, True, False),
+        ({"count": 2}, 48, 4, True, 2, True, False),
+        ({"count": 8}, 64, 0, True, 8, False, False),
+        ({"device": "cpu"}, 48, 4, True, 2, False, False),
+        ({"device": "cuda"}, 48, 4, False, 4, True, False),
+        ({"device": "cuda", "count": 8}, 48, 4, True, 8, True, True),
+        ({"device": "cuda", "count": 8}, 0, 0, True, 8, True, True),
+        ({"device": "cuda", "count": 4}, 48, 4, True, 4, True, False),
+    ],
+)
+def test_the_recipe_and_the_cluster_decide(
+    given: dict[str, object], cpus: float, gpus: float, can_grow: bool, count: int, use_gpu: bool, waits: bool
+) -> None:
+    placed = place(workers(**given), cpus, gpus, can_grow=can_grow)
+    assert (placed.count, placed.use_gpu, placed.waits) == (count, use_gpu, waits)
+
+
+@pytest.mark.parametrize(
+    ("given", "gpus", "can_grow", "said"),
+    [
+        ({"count": 8}, 4, False, "workers.count=8 is more than the cluster's 4 GPUs; nearest: 4"),
+        ({"count": 8}, 4, True, "nearest: 4; workers.device: cuda waits until the cluster has grown"),
+        ({"device": "cuda"}, 0, True, "say how many to wait for, as in workers.count: 8"),
+        ({"device": "cuda"}, 0, False, "Ray shows no GPU on this machine; take workers.device: auto or cpu here"),
+        ({"device": "cuda", "count": 2}, 1, False, "workers.count=2: Ray shows 1 GPU on this machine"),
+    ],
+)
+def test_what_the_cluster_will_never_have_is_refused_with_the_remedy(
+    given: dict[str, object], gpus: float, can_grow: bool, said: str
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        place(workers(**given), 16, gpus, can_grow=can_grow)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "gpus", "can_grow", "told"),
+    [
+        ({}, 0, False, "2 CPU workers (the cluster shows no GPU)"),
+        ({}, 0, True, "2 CPU workers (the cluster shows no GPU; workers.device: cuda waits for some to come)"),
+        ({}, 4, True, "4 GPU workers (the cluster shows 4 GPUs)"),
+        ({"device": "cpu", "count": 1}, 4, True, "1 CPU worker (workers.device is cpu)"),
+        (
+            {"device": "cuda", "count": 8},
+            0,
+            True,
+            "8 GPU workers (workers.device is cuda; the cluster shows no GPU yet)",
+        ),
+    ],
+)
+def test_the_choice_is_said_with_its_reason(given: dict[str, object], gpus: float, can_grow: bool, told: str) -> None:
+    assert str(place(workers(**given), 8, gpus, can_grow=can_grow)) == told
+
+
+def test_how_many_workers_and_on_what_is_no_part_of_the_identity() -> None:
+    from pipelines.identity import deciding_fields
+
+    assert deciding_fields(workers(device="cuda", count=8)) == {}
+
+
+def test_a_long_wait_is_told_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "FIRST_WORD_SECONDS", 0.0)
+    patience = Patience(Placement(8, True, "workers.device is cuda", waits=True))
+    assert patience.is_due()
+    assert patience.word(0, 0).startswith("waiting for 8 GPUs: the cluster shows 0 CPUs and 0 GPUs")
+    assert not patience.is_due()
