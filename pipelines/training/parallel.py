@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pipelines.training.layout import WHOLE, Part
+
 __all__ = ["GradientSum", "Gradients", "Ranks", "pick_device", "seed_step"]
 
 BUCKET_BYTES = 25 << 20  # Large enough for NCCL's bandwidth, small enough to overlap with backward; as torch's DDP.
@@ -63,6 +65,7 @@ class Gradients(Protocol):
     """How the gradients of one step come together over pieces and ranks, and what they update."""
 
     weights: dict[str, nn.Parameter]  # fp32, by the model's names: whole tensors, or this rank's rows of them.
+    part: Part  # What this rank holds of the tensors that are cut.
     last_piece: bool  # Set before each backward of a step.
     overlap: bool  # False: nothing leaves this rank before `finish`, where that is possible.
 
@@ -72,6 +75,9 @@ class Gradients(Protocol):
     def finish(self) -> None: ...
     def clip(self, max_norm: float | None) -> Tensor: ...
     def updated(self) -> None: ...
+    def rows(self, tensors: Mapping[str, Tensor]) -> dict[str, int]: ...
+    def own_part(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+    def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
 
 
 class GradientSum:
@@ -101,6 +107,7 @@ class GradientSum:
         first = self.parameters[0]
         total = sum(parameter.numel() for parameter in self.parameters)
         self.flat = torch.zeros(total, dtype=first.dtype, device=first.device)
+        self.part = WHOLE
         self.last_piece = True  # Of this step: only then is a bucket complete when backward has passed it.
         self.overlap = True  # False: buckets wait for `finish`, so that a step can be begun anew until then.
         self._bounds: list[tuple[int, int]] = []
@@ -181,6 +188,17 @@ class GradientSum:
         """After an update: the model computes with the new weights."""
         if self._computing[0] is not self.parameters[0]:
             torch._foreach_copy_(list[Tensor](self._computing), list[Tensor](self.parameters))
+
+    def rows(self, tensors: Mapping[str, Tensor]) -> dict[str, int]:
+        """None: every rank holds every tensor whole."""
+        return {}
+
+    def own_part(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(tensors)
+
+    def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors on the CPU of rank 0; elsewhere empty."""
+        return {name: tensor.cpu() for name, tensor in tensors.items()} if self.ranks.rank == 0 else {}
 
 
 @torch.no_grad()

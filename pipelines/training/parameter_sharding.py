@@ -121,9 +121,17 @@ class ParameterSharding:
                 whole[name] = torch.cat(parts)[: shape[0]].cpu()
         return whole
 
-    def part_of(self, name: str, whole: Tensor) -> Tensor:
-        """This rank's rows of a whole tensor."""
-        return whole[rows_of(self.part, whole.shape[0])]
+    def own_part(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's rows of tensors that may be whole, as a checkpoint of uncut weights has them."""
+        found: dict[str, Tensor] = {}
+        for key, tensor in tensors.items():
+            shape = self._shapes.get(key.split("/")[1])
+            found[key] = tensor[rows_of(self.part, shape[0])] if shape is not None and tensor.shape == shape else tensor
+        for kind in {key.split("/")[0] for key in tensors} - {"optimizer"}:
+            for name, weight in self.weights.items():  # Of a tensor with fewer rows than ranks, the last have none.
+                if not weight.numel():
+                    found.setdefault(f"{kind}/{name}", weight.detach().clone())
+        return found
 
 
 def _units(model: nn.Module) -> list[nn.Module]:

@@ -12,13 +12,23 @@ from typing import Literal
 
 import torch
 
-__all__ = ["OutOfMemory", "Pieces", "is_out_of_memory"]
+from pipelines.training.names import TrainingError
+
+__all__ = ["DoesNotFit", "OutOfMemory", "Pieces", "is_out_of_memory"]
 
 log = logging.getLogger(__name__)
 
 
+class DoesNotFit(TrainingError):
+    """The device cannot hold what the recipe asks for, however often it is tried."""
+
+
 class OutOfMemory(RuntimeError):
-    """The device could not hold a piece; the next start halves it."""
+    """The device could not hold a piece of `images`, and it was too late to halve it; the next start does."""
+
+    def __init__(self, message: str, images: int) -> None:
+        super().__init__(message)
+        self.images = images
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -43,23 +53,27 @@ class Pieces:
         bounds = [images * piece // count for piece in range(count + 1)]
         return [slice(start, stop) for start, stop in pairwise(bounds)]
 
-    def too_late(self, images: int, error: BaseException) -> OutOfMemory:
+    def too_late(self, images: int, error: BaseException) -> RuntimeError:
         """Of a step that other ranks have already seen a part of."""
         current = min(self.size or images, images)
-        remedy = "the next start takes half" if self.auto else "set train.per_device_batch_size to less, or to auto"
-        return OutOfMemory(f"{current} images at once do not fit ({error}); {remedy}")
+        if not self.auto or current <= 1:
+            return self._final(current, error)
+        return OutOfMemory(f"{current} images at once do not fit ({error}); the next start takes half", current)
 
     def halve(self, images: int, error: BaseException) -> None:
-        """Make them smaller; raises OutOfMemory where that is not allowed or not possible."""
+        """Make them smaller; raises DoesNotFit where that is not allowed or not possible."""
         current = min(self.size or images, images)
-        if not self.auto:
-            raise OutOfMemory(
-                f"{current} images at once do not fit ({error}); set train.per_device_batch_size to less, or to auto"
-            ) from error
-        if current <= 1:
-            raise OutOfMemory(
-                f"not even one image fits ({error}); set train.activation_checkpointing: true, parallel.kind: fsdp, or"
-                " take a smaller model"
-            ) from error
+        if not self.auto or current <= 1:
+            raise self._final(current, error) from error
         self.size, self.proven = current // 2, False
         log.warning("%d images at once do not fit; going on with %d", current, self.size)
+
+    def _final(self, current: int, error: BaseException) -> DoesNotFit:
+        if current <= 1:
+            return DoesNotFit(
+                f"not even one image fits ({error}); set train.activation_checkpointing: true, parallel.kind: fsdp, or"
+                " take a smaller model"
+            )
+        return DoesNotFit(
+            f"{current} images at once do not fit ({error}); set train.per_device_batch_size to less, or to auto"
+        )

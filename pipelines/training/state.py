@@ -70,6 +70,7 @@ class TrainState:
     def load(self, tensors: Mapping[str, Tensor], step: int) -> None:
         """The inverse of `tensors()`. Raises StateError listing every name that is missing, left over or misshapen."""
         own = self.weights()
+        tensors = tensors if self.gradients is None else self.gradients.own_part(tensors)
         stored, slots, ema, best = (_under(tensors, kind) for kind in ("model/", "optimizer/", "ema/", "best/"))
         problems = _misfits(stored, own)
         if self.ema is not None:
@@ -78,6 +79,7 @@ class TrainState:
             problems.append(f"left over ema/{next(iter(ema))}")
         problems += _misfits(best, own) if best else []
         parameters = self._parameters()
+        slots = {key: tensor for key, tensor in slots.items() if key.split("/")[0] not in parameters or tensor.numel()}
         problems += [f"left over optimizer/{name}" for name in slots if name.split("/")[0] not in parameters]
         if problems:
             raise StateError(f"checkpoint does not fit this model: {'; '.join(sorted(problems))}")

@@ -12,11 +12,11 @@ from pipelines.training.config import TrainConfig
 from pipelines.training.forward import Prepare, forward
 from pipelines.training.objective import Objective
 from pipelines.training.optimizers import set_lr
-from pipelines.training.parallel import GradientSum, Ranks, seed_step
+from pipelines.training.parallel import Gradients, GradientSum, Ranks, seed_step
 from pipelines.training.pieces import Pieces, is_out_of_memory
 from pipelines.training.state import TrainState
 
-__all__ = ["Counts", "Prepare", "Stepper", "count_correct", "forward", "to_device"]
+__all__ = ["Counts", "Prepare", "Stepper", "count_correct", "forward", "gradients_of", "to_device"]
 
 
 @dataclass(slots=True)
@@ -45,6 +45,13 @@ def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tenso
     return tuple(part.to(device, non_blocking=True) for part in (images, labels, weights))  # type: ignore[return-value]
 
 
+def gradients_of(state: TrainState, ranks: Ranks) -> Gradients:
+    """Those that the state was built with; else every rank holds all of the model as it is."""
+    if state.gradients is None:
+        state.gradients = GradientSum(state.model, ranks)
+    return state.gradients
+
+
 class Stepper:
     """One update after the other: forward, backward, sum over ranks, clip, update, average."""
 
@@ -58,9 +65,7 @@ class Stepper:
         pieces: Pieces | None = None,
     ) -> None:
         self.state, self.config, self.ranks, self.prepare = state, config, ranks, prepare
-        if state.gradients is None:
-            state.gradients = GradientSum(state.model, ranks)
-        self.gradients = state.gradients
+        self.gradients = gradients_of(state, ranks)
         self.objective = objective or Objective(config)
         self.pieces = pieces or Pieces(config.per_device_batch_size)
 

@@ -18,7 +18,7 @@ from pipelines.training.loop import Hooks, LoopConfig, train
 from pipelines.training.losses import loss_sum
 from pipelines.training.objective import Objective, class_weight_tensor
 from pipelines.training.parallel import Ranks
-from pipelines.training.pieces import OutOfMemory, Pieces
+from pipelines.training.pieces import DoesNotFit, Pieces
 from pipelines.training.state import StateError, TrainState
 from tests.pipelines.training.tiny import CLASSES, TinyModel, make_batch, make_batches, make_config, make_state, prepare
 
@@ -96,9 +96,9 @@ def test_a_size_that_was_found_before_is_not_searched_again() -> None:
 
 
 def test_a_given_size_that_does_not_fit_is_an_error_with_the_remedy() -> None:
-    with pytest.raises(OutOfMemory, match=r"4 images at once do not fit .* or to auto"):
+    with pytest.raises(DoesNotFit, match=r"4 images at once do not fit .* or to auto"):
         run(2, state=small_device(3), per_device_batch_size=4)
-    with pytest.raises(OutOfMemory, match="not even one image fits"):
+    with pytest.raises(DoesNotFit, match="not even one image fits"):
         run(2, state=small_device(0), per_device_batch_size="auto")
 
 
