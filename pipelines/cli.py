@@ -119,10 +119,11 @@ def _stage(stage: str) -> Callable[[list[str], Flags], int]:
         else:
             recipe = parse(recipe_class(stage), arguments, prog=f"vit {stage}")
             ensure_stack()
+        from pipelines.workflow.again import TOKEN_VARIABLE, again
         from pipelines.workflow.report import say_result
-        from pipelines.workflow.runner import again, run_stage_named
+        from pipelines.workflow.runner import run_stage_named
 
-        with again(flags.again):
+        with again(flags.again, os.environ.get(TOKEN_VARIABLE)):
             outcome = run_stage_named(stage, recipe)
         say_result(outcome)
         return exit_code(stage, outcome.result)
@@ -143,11 +144,12 @@ def _stored_recipe(stage: str, arguments: list[str]) -> Any:
 
 
 def _run(arguments: list[str], flags: Flags) -> int:
+    from pipelines.workflow.again import again
+    from pipelines.workflow.flags import workflow_arguments
     from pipelines.workflow.report import duration, say_step
-    from pipelines.workflow.runner import again
     from pipelines.workflow.spec import load_workflow, merged
 
-    name, values = _workflow_arguments("run", arguments)
+    name, values = workflow_arguments("run", arguments)
     workflow = load_workflow(name, merged(_demo_values(name), values))
     ensure_stack()
     from pipelines.progress import say
@@ -234,7 +236,7 @@ VERBS: dict[str, Verb] = {
         _run,
     ),
     "why": Verb(
-        "[STAGE] RECIPE [--dotted.flag VALUE ...] | WORKFLOW",
+        "[STAGE] RECIPE [--dotted.flag VALUE ...] | WORKFLOW [--STEP.dotted.field VALUE ...]",
         "finished, running or missing, and which fields differ from the nearest former run",
         _why,
     ),
@@ -246,26 +248,6 @@ VERBS: dict[str, Verb] = {
     "schedule": Verb("start|stop|status [WORKFLOW]", "run a workflow by the clock: its file says when", _schedule),
     "recipes": Verb("[WORD ...]", "the packaged recipes and what each is for", _recipes),
 }
-
-
-def _workflow_arguments(verb: str, arguments: list[str]) -> tuple[str, dict[str, dict[str, Any]]]:
-    """WORKFLOW and {step: {dotted field: value}} from `--STEP.field VALUE` flags."""
-    import yaml
-
-    if not arguments or arguments[0].startswith("-"):
-        from pipelines.workflow.spec import packaged_workflows
-
-        raise UsageError(f"vit {verb} needs a workflow: a YAML path or one of {', '.join(packaged_workflows())}")
-    name, *flags = arguments
-    values: dict[str, dict[str, Any]] = {}
-    words = [part for word in flags for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    while words:
-        flag = words.pop(0)
-        step, dot, field = flag.removeprefix("--").partition(".")
-        if not flag.startswith("--") or not dot or not field or not words:
-            raise UsageError(f"{flag!r}: a workflow takes flags of the form --STEP.field VALUE")
-        values.setdefault(step, {})[field.replace("-", "_")] = yaml.safe_load(words.pop(0))
-    return name, values
 
 
 def _demo_values(name: str) -> dict[str, dict[str, Any]]:

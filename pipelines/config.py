@@ -128,12 +128,29 @@ def parse(cls: type[T], argv: Sequence[str], prog: str = "vit") -> T:
             tyro.cli(cls, prog=f"{prog} RECIPE", args=["--help"], config=(tyro.conf.AvoidSubcommands,))
         raise RecipeError(f"{prog} needs a recipe: a YAML path or the name of a packaged one; `vit recipes` lists them")
     name, *flags = argv
+    flags = _nulls(cls, flags)
     default = load_recipe(cls, name)
     if not flags:
         return default
     parsed = tyro.cli(cls, prog=f"{prog} {name}", args=flags, default=default, config=(tyro.conf.AvoidSubcommands,))
     # Through the checks again: tyro builds the object itself and knows no pydantic constraint.
     return from_dict(cls, to_dict(parsed), f"{name} {' '.join(flags)}")
+
+
+def _nulls(cls: type, flags: Sequence[str]) -> list[str]:
+    """`null`, as recipes write it, where tyro knows only `None`; a field that takes text alone keeps the word."""
+    words = list(flags)
+    for place, word in enumerate(words):
+        flag, _, value = word.partition("=")
+        if not (word.startswith("--") and value == "null"):
+            if word != "null" or not place:
+                continue
+            flag = words[place - 1]
+        *parents, field = flag.removeprefix("--").replace("-", "_").split(".")
+        hints = [typing.get_type_hints(owner).get(field) for owner in _owners(cls, parents)]
+        if any(type(None) in typing.get_args(hint) for hint in hints):
+            words[place] = word.removesuffix("null") + "None"
+    return words
 
 
 def to_dict(recipe: Any) -> dict[str, Any]:
@@ -198,7 +215,12 @@ def _problems(cls: type, error: ValidationError) -> Iterator[str]:
 
 
 def _field_names(cls: type, parents: Sequence[str]) -> list[str]:
-    """Field names of the dataclass that `parents` leads to; a union member is picked by its tag or tried in turn."""
+    """Field names of the dataclass that `parents` leads to."""
+    return sorted({field.name for owner in _owners(cls, parents) for field in dataclasses.fields(owner)})
+
+
+def _owners(cls: type, parents: Sequence[str]) -> list[Any]:
+    """The dataclasses that `parents` leads to; a union member is picked by its tag or tried in turn."""
     owners: list[Any] = [cls]
     for parent in parents:
         following: list[Any] = []
@@ -211,9 +233,7 @@ def _field_names(cls: type, parents: Sequence[str]) -> list[str]:
             elif re.fullmatch(r"[a-z0-9_]+", parent):  # pydantic puts the tag of a union member into the location
                 following.append(owner)
         owners = following or owners
-    return sorted(
-        {field.name for owner in owners if dataclasses.is_dataclass(owner) for field in dataclasses.fields(owner)}
-    )
+    return [owner for owner in owners if dataclasses.is_dataclass(owner)]
 
 
 def _dataclasses_in(hint: Any) -> list[Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines import identity, store
 from pipelines.config import Strict, how, input_
-from pipelines.identity import StageResult
+from pipelines.identity import StageResult, missing_object
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,7 +67,7 @@ def run(recipe: EvaluateRecipe) -> StageResult:
         raise ValueError(f"split {recipe.split!r} of {corpus.reference} has no samples; it has {held}")
     inputs = {**source.inputs(), "corpus": corpus.digest}
     return identity.run_stage(
-        STAGE, VERSION, recipe, inputs, lambda attempt: _evaluate(recipe, attempt, source, corpus)
+        STAGE, VERSION, recipe, inputs, lambda attempt: _evaluate(recipe, attempt, source, corpus), missing_object
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines import identity, store
 from pipelines.config import Strict, input_
-from pipelines.fit import check_splits, log_pictures, metrics_of, model_config, square_input, train_model
+from pipelines.fit import check_splits, engine_tag, log_pictures, metrics_of, model_config, square_input, train_model
 from pipelines.identity import Attempt, StageResult
 from pipelines.reader.loader import AugmentConfig, ReaderConfig
 from pipelines.training.config import (
@@ -86,7 +85,24 @@ def run(recipe: FinetuneRecipe) -> StageResult:
     with tempfile.TemporaryDirectory(prefix="vit-finetune-") as folder:
         weights = _fetch(recipe.weights, Path(folder)) if recipe.weights is not None else None
         inputs = {"corpus": corpus.digest, "weights": weights.digest if weights else "none"}
-        return identity.run_stage(STAGE, VERSION, recipe, inputs, partial(_work, recipe, corpus, weights, Path(folder)))
+        work = partial(_work, recipe, corpus, weights, Path(folder))
+        return identity.run_stage(STAGE, VERSION, recipe, inputs, work, _lost)
+
+
+def _lost(result: StageResult) -> str | None:
+    """A version that was deleted from the registry is registered again; MLflow out of reach says nothing."""
+    if not result.uri.startswith("models:/"):
+        return identity.missing_object(result)
+    from pipelines.tracking.client import TrackingError
+    from pipelines.tracking.registry import UnknownModel, find_version
+
+    try:
+        find_version(result.uri)
+    except UnknownModel:
+        return f"{result.uri} is not in the registry any more"
+    except TrackingError:
+        return None
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +110,13 @@ class _Weights:
     """Weights to start from, on this machine."""
 
     path: Path
-    digest: str  # Of the stage run that made them, or of the file.
+    digest: str  # sha256 of the file: the same run may have made others with `--again`.
     lineage: dict[str, str]
 
 
 def _fetch(reference: str, folder: Path) -> _Weights:
+    from pipelines.tracking.package import sha256_of
+
     if reference.startswith("models:/"):
         from pipelines.tracking.registry import fetch_version
 
@@ -108,24 +126,24 @@ def _fetch(reference: str, folder: Path) -> _Weights:
             "vit.pretrain_run_id": version.run_id,
             "vit.weights": version.uri,
         }
-        return _Weights(version.weights, version.digest, lineage)
+        return _Weights(version.weights, sha256_of(version.weights), lineage)
     try:
         path = store.download(reference, folder / reference.rstrip("/").rsplit("/", 1)[-1])
     except store.NotFound:
         raise ValueError(
             f"weights={reference!r}: there is no such object; give what `vit pretrain` returned, or check the name"
         ) from None
+    digest = sha256_of(path)
     try:
         made_by = identity.result_of(reference)
     except ValueError:  # Not made by a stage of ours: the content speaks for itself.
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
         return _Weights(path, digest, {"vit.weights": reference, "vit.weights_digest": digest})
     lineage = {
         "vit.pretrain_digest": made_by.digest,
         "vit.pretrain_run_id": made_by.run_id or "",
         "vit.weights": reference,
     }
-    return _Weights(path, made_by.digest, lineage)
+    return _Weights(path, digest, lineage)
 
 
 def _work(
@@ -152,7 +170,7 @@ def _work(
         initial = store.join(attempt.uri, "initial" + weights.path.suffix)
         store.upload(weights.path, initial)
     lineage = weights.lineage if weights else {"vit.weights": "none (from scratch)"}
-    with track(attempt, recipe, corpus=corpus, tags=lineage) as run:
+    with track(attempt, recipe, corpus=corpus, tags={**lineage, **engine_tag()}) as run:
         outcome = train_model(
             recipe,
             attempt,
@@ -191,6 +209,7 @@ def _result(
         )
     details: dict[str, Any] = {
         "weights": outcome.weights,
+        "weights_sha256": outcome.weights_sha256,
         "pretrain_digest": lineage.get("vit.pretrain_digest"),
         "pretrain_run_id": lineage.get("vit.pretrain_run_id"),
         "steps": outcome.step,

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "TrainingRecipe",
     "check_splits",
+    "engine_tag",
     "log_pictures",
     "metrics_of",
     "model_config",
@@ -65,7 +66,7 @@ class TrainingRecipe(Protocol):
 
 
 def check_splits(recipe: TrainingRecipe, corpus: Corpus) -> None:
-    """The splits that the recipe names must be there, before anything starts."""
+    """The splits that the recipe names must be there and fit its budget, before anything starts."""
     named = {
         "split": recipe.split,
         "validation.split": recipe.validation.split,
@@ -76,6 +77,14 @@ def check_splits(recipe: TrainingRecipe, corpus: Corpus) -> None:
             known = ", ".join(f"{name} ({count:,})" for name, count in corpus.splits.items())
             off = "; null switches it off" if field != "split" else ""
             raise ValueError(f"{field}={split!r} is no split of {corpus.uri}; it has {known}{off}")
+    recipe.schedule.check(recipe.train.steps(corpus.splits[recipe.split]))
+
+
+def engine_tag() -> dict[str, str]:
+    """For the MLflow run: what decodes its images."""
+    from pipelines.reader.decode import engine_version
+
+    return {"vit.decode_engine": engine_version()}
 
 
 def model_config(config: SizeConfig, resolution: int, **overrides: Any) -> ModelConfig:
@@ -117,7 +126,6 @@ def train_model(
     num_workers = placement.count
     num_images = corpus.splits[recipe.split]
     total_steps = recipe.train.steps(num_images)
-    recipe.schedule.check(total_steps)
     batch_size, num_classes = recipe.train.batch_size, len(corpus.class_names)
     # At least two, so that one worker and two see the same order.
     lanes = choose_lanes(corpus.pages(recipe.split), batch_size, max(2, num_workers), recipe.lanes)

@@ -105,7 +105,12 @@ def run(recipe: PredictRecipe) -> StageResult:
     source = find_weights(recipe.model)  # An alias is resolved here, once; the result names the version.
     listing = list_corpus(recipe.images, str(recipe.split)) if recipe.split else list_folder(recipe.images)
     inputs = {**source.inputs(), "images": listing.digest}
-    return identity.run_stage(STAGE, VERSION, recipe, inputs, partial(_work, recipe, source, listing))
+    return identity.run_stage(STAGE, VERSION, recipe, inputs, partial(_work, recipe, source, listing), _lost)
+
+
+def _lost(result: StageResult) -> str | None:
+    """The first file below the output stands for all of them."""
+    return None if next(store.list_objects(result.uri), None) else f"its output {result.uri} is gone"
 
 
 # What there is ------------------------------------------------------------------------------------------------------

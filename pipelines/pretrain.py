@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pipelines import identity
 from pipelines.config import Strict, input_
-from pipelines.fit import check_splits, log_pictures, metrics_of, model_config, square_input, train_model
+from pipelines.fit import check_splits, engine_tag, log_pictures, metrics_of, model_config, square_input, train_model
 from pipelines.identity import Attempt, StageResult
 from pipelines.reader.loader import AugmentConfig, ReaderConfig
 from pipelines.training.config import (
@@ -68,14 +68,15 @@ def run(recipe: PretrainRecipe) -> StageResult:
 
     corpus = open_corpus(recipe.corpus)
     check_splits(recipe, corpus)
-    return identity.run_stage(STAGE, VERSION, recipe, {"corpus": corpus.digest}, partial(_work, recipe, corpus))
+    work = partial(_work, recipe, corpus)
+    return identity.run_stage(STAGE, VERSION, recipe, {"corpus": corpus.digest}, work, identity.missing_object)
 
 
 def _work(recipe: PretrainRecipe, corpus: Corpus, attempt: Attempt) -> StageResult:
     from pipelines.tracking.run import track
 
     model = model_config(recipe.model, recipe.resolution)
-    with track(attempt, recipe, corpus=corpus) as run:
+    with track(attempt, recipe, corpus=corpus, tags=engine_tag()) as run:
         outcome = train_model(
             recipe,
             attempt,
@@ -92,6 +93,7 @@ def _work(recipe: PretrainRecipe, corpus: Corpus, attempt: Attempt) -> StageResu
             run_id=run.id,
             metrics=metrics_of(outcome),
             weights=outcome.weights,
+            weights_sha256=outcome.weights_sha256,
             steps=outcome.step,
             train_seconds=outcome.train_seconds,
         )

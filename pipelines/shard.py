@@ -28,6 +28,7 @@ __all__ = ["STAGE", "VERSION", "ShardRecipe", "make_corpus", "run"]
 
 STAGE = "shard"
 VERSION = 1
+MOST_LOOKED_AT = 32  # Tars of a finished corpus that are looked for before it is reused.
 MAX_TASKS = 2048  # Tasks of one execution; with more shards than that a task makes several.
 log = logging.getLogger(__name__)
 
@@ -79,7 +80,11 @@ def run(recipe: ShardRecipe) -> StageResult:
     from pipelines.corpus.sources import open_source
 
     source = open_source(recipe.source)
-    return identity.run_stage(STAGE, VERSION, recipe, {"source": source.digest}, partial(_work, recipe, source))
+    work = partial(_work, recipe, source)
+    result = identity.run_stage(STAGE, VERSION, recipe, {"source": source.digest}, work, missing=lost_object)
+    if result.reused:
+        _point_to(result.uri)
+    return result
 
 
 def _work(recipe: ShardRecipe, source: Source, attempt: Attempt) -> StageResult:
@@ -87,7 +92,7 @@ def _work(recipe: ShardRecipe, source: Source, attempt: Attempt) -> StageResult:
 
     with track(attempt, recipe, tags={"vit.source_kind": source.kind}) as run:
         started = time.monotonic()
-        corpus = make_corpus(recipe, source, keep=not identity.AGAIN.get(), before_commit=attempt.check)
+        corpus = make_corpus(recipe, source, before_build=partial(_forget, attempt), before_commit=attempt.check)
         metrics = _metrics(corpus, time.monotonic() - started)
         run.set_tags({"vit.corpus": corpus.reference})
         run.log_metrics(metrics, step=0)
@@ -102,6 +107,7 @@ def make_corpus(
     source: Source | None = None,
     *,
     keep: bool = True,
+    before_build: Callable[[Plan], None] = lambda plan: None,
     before_commit: Callable[[], None] = lambda: None,
 ) -> Corpus:
     """The work itself, without identity and tracking. `keep` takes over shards that an earlier attempt finished."""
@@ -129,6 +135,7 @@ def make_corpus(
     check_fraction(plan.rejected, total, recipe.max_bad_fraction)
     freeze(plan, listing)
     del listing
+    before_build(plan)
 
     records: list[ShardRecord] = []
     rejected = list(plan.rejected)
@@ -158,6 +165,54 @@ def make_corpus(
     )
     _tell(corpus.head)
     return corpus
+
+
+def _forget(attempt: Attempt, plan: Plan) -> None:
+    """Once for each `--again`: shards that were finished before it began are made again. Resumed, it keeps its own."""
+    marker = store.join(attempt.root, "attempts", str(attempt.first), "forgotten.json")
+    if attempt.first == 1 or store.exists(marker):
+        return
+    for info in list(store.list_objects(store.join(plan.uri, "shards"))):
+        if info.uri.endswith(".json"):
+            store.delete(info.uri)
+    store.write_json(marker, {"plan": plan.uri})
+
+
+def lost_object(result: StageResult) -> str | None:
+    """Looks for the manifest's head and for some of the tars, however many there are."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from pipelines.corpus.manifest import ManifestError, open_corpus
+
+    try:
+        corpus = open_corpus(result.uri)
+        shards = corpus.shards
+    except (ManifestError, store.NotFound):
+        return f"the corpus {result.uri} is gone"
+    chosen = range(0, len(shards), -(-len(shards) // MOST_LOOKED_AT))
+    with ThreadPoolExecutor(8) as pool:
+        for shard, stands in zip(chosen, pool.map(lambda n: store.exists(corpus.shard_uri(n)), chosen), strict=True):
+            if not stands:
+                return f"{corpus.shard_uri(shard)} of the corpus is gone"
+    return None
+
+
+def _point_to(reference: str) -> None:
+    """NAME@current is what the last command asked for, also where that was finished long ago."""
+    from pipelines.corpus.commit import current_etag
+    from pipelines.corpus.errors import CorpusError
+
+    base, _, digest = reference.rpartition("@")
+    uri = store.join(base, "current.json")
+    etag = current_etag(base)
+    former = store.read_json(uri)["digest"] if etag is not None else None
+    if former == digest:
+        return
+    try:
+        store.write_json(uri, {"digest": digest}, if_match=etag, if_absent=etag is None)
+    except store.Conflict:
+        raise CorpusError(f"{uri} was moved by another writer just now; run the same command again") from None
+    say(f"shard: current is {digest[:12]} again" + (f", it was {former[:12]}" if former else ""))
 
 
 def _build(plan: Plan, num_workers: int | None, keep: bool) -> Iterator[tuple[ShardRecord, bool]]:

@@ -1,4 +1,4 @@
-"""`vit why RECIPE`: what is finished, running or missing, and how it differs from the nearest former run."""
+"""`vit why RECIPE`: what is finished, running, lost or missing, and how it differs from the nearest former run."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from pipelines import store
 from pipelines.config import RecipeError, find_recipe, flatten, load_recipe, parse
 from pipelines.identity import canonical, code_fingerprint, runs
 from pipelines.progress import say
+from pipelines.workflow.flags import workflow_arguments
 from pipelines.workflow.planning import Plan, plan
-from pipelines.workflow.spec import StepValues, find_workflow, load_workflow
+from pipelines.workflow.spec import StepValues, find_workflow, load_workflow, merged
 from pipelines.workflow.stages import STAGES, nearest, recipe_class
 
 __all__ = ["differences", "former_runs", "main", "nearest_run", "stage_of"]
@@ -30,7 +31,9 @@ def main(
     prepare: Callable[[], None] = lambda: None,
     values_of: Callable[[str], StepValues] = lambda name: {},
 ) -> int:
-    """`[STAGE] RECIPE | WORKFLOW [--dotted.flag VALUE ...]`. `prepare` makes the store answer.
+    """`[STAGE] RECIPE [--dotted.flag VALUE ...] | WORKFLOW [--STEP.dotted.field VALUE ...]`.
+
+    `prepare` makes the store answer.
 
     `values_of` gives what a packaged workflow leaves open, by the workflow's name.
     """
@@ -42,9 +45,8 @@ def main(
         if stage not in STAGES:
             raise RecipeError(f"unknown stage {stage!r}{nearest(stage, STAGES)}")
     elif _is_workflow(words[0]):
-        if words[1:]:
-            raise RecipeError(f"vit why WORKFLOW takes no flags, got {' '.join(words[1:])}; name the stage's recipe")
-        workflow = load_workflow(words[0], values_of(words[0]))
+        name, values = workflow_arguments("why", words)
+        workflow = load_workflow(name, merged(values_of(name), values))
         prepare()
         for line in why_workflow(workflow):
             say(line)
@@ -110,6 +112,9 @@ def describe(label: str, planned: Plan, recipe: Any) -> Iterator[str]:
             return
         case "running":
             yield f"{label}  running     {digest}  held by {planned.holder}"
+        case "lost":
+            yield f"{label}  lost        {digest}  {planned.problem}; the same command makes it again"
+            return
         case "unfinished":
             yield f"{label}  unfinished  {digest}  nobody is at it; the same command resumes"
         case "missing":

@@ -19,7 +19,7 @@ class ModelSource:
     """Resolved once at the start: an alias that moves later changes nothing for this run. Picklable."""
 
     uri: str  # "models:/NAME/VERSION", never an alias; or where the file is.
-    digest: str  # Names the content: the stage run that made it, or the sha256 of a file from elsewhere.
+    digest: str  # sha256 of the weights: one stage run may have made several with `--again`.
     version: VersionInfo | None = None
 
     def inputs(self, field: str = "model") -> dict[str, str]:
@@ -32,7 +32,7 @@ def find_weights(reference: str) -> ModelSource:
     """Resolve "models:/NAME/VERSION", "models:/NAME@ALIAS", a stage run's URI, or a safetensors file anywhere."""
     if is_version(reference):
         version = find_version(reference)
-        return ModelSource(version.uri, version.digest, version)
+        return ModelSource(version.uri, version.tags.get("vit.weights_sha256") or version.digest, version)
     if "/runs/" in reference and not reference.endswith(".safetensors"):
         result = identity.result_of(reference)
         inner = str(result.details.get("weights") or result.uri)
@@ -41,10 +41,10 @@ def find_weights(reference: str) -> ModelSource:
         return find_weights(inner)
     try:
         result = identity.result_of(reference)
-        if reference in {result.uri, result.details.get("weights")}:
-            return ModelSource(reference, result.digest)
+        if reference == result.details.get("weights") and (digest := result.details.get("weights_sha256")):
+            return ModelSource(reference, str(digest))
     except ValueError:
-        pass  # Not the result of a stage run: its bytes name it.
+        pass  # Not the result of a stage run.
     with tempfile.TemporaryDirectory(prefix="vit-weights-") as folder:
         path = store.download(reference, Path(folder) / WEIGHTS)
         check_safetensors(path)

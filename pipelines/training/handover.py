@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -36,6 +37,9 @@ def hand_over(
             beat()
             if kind != export:
                 others[kind] = store.join(attempt.uri, name)
+                continue
+            with (Path(folder) / name).open("rb") as file:
+                fields["weights_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
         if measured is not None and measured.samples:
             from safetensors.torch import save_file
 

@@ -54,8 +54,9 @@ class ScheduleConfig(Strict):
             )
         if self.warmup_steps >= total_steps:
             raise ValueError(
-                f"warmup_steps={self.warmup_steps} leaves none of total_steps={total_steps} at the peak;"
-                f" nearest usual: {max(0, total_steps // 10)}"
+                f"schedule.warmup_steps={self.warmup_steps:,} is not below the {total_steps:,} steps of the training: "
+                "the learning rate would never reach its peak; train longer (train.epochs or train.total_steps), "
+                f"lower train.batch_size, or shorten the warm-up: --schedule.warmup-steps {max(0, total_steps // 10)}"
             )
 
 

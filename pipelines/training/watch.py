@@ -28,6 +28,7 @@ class Outcome:
     step: int
     metrics: dict[str, float]
     train_seconds: float
+    weights_sha256: str | None = None
     confusion: list[list[int]] | None = None
     samples: str | None = None  # URI of pictures and predictions, safetensors.
     measured_images: dict[str, int] = field(default_factory=dict)  # By split: val, test.
@@ -98,6 +99,7 @@ def read_outcome(attempt: Attempt, failure: BaseException | None) -> Outcome:
         step=left["step"],
         metrics=left["metrics"],
         train_seconds=left["train_seconds"],
+        weights_sha256=left.get("weights_sha256"),
         confusion=left.get("confusion"),
         samples=left.get("samples"),
         measured_images=left.get("measured_images", {}),

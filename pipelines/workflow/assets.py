@@ -13,7 +13,10 @@ from typing import Any
 
 import dagster
 
+from pipelines.progress import say
+from pipelines.workflow.again import again_of
 from pipelines.workflow.home import IN_PROCESS_FILE, dagster_home
+from pipelines.workflow.liveness import PROCESS_TAG, WORKFLOW_TAG, end_dead_runs, process_tag, unfinished_runs
 from pipelines.workflow.runner import Outcome, StepFailed, root_error, run_step
 from pipelines.workflow.spec import Workflow
 
@@ -21,7 +24,6 @@ __all__ = ["definitions", "gate", "job_name", "run_in_process"]
 
 RETRIES = 1  # A stage repairs what it can by itself; this is for a stack that was restarted under it.
 RETRY_SECONDS = 15.0
-WORKFLOW_TAG = "vit/workflow"
 URI, DIGEST = "uri", "digest"
 
 
@@ -53,15 +55,21 @@ def definitions(workflow: Workflow, prepare: Callable[[], None] = lambda: None) 
 
 def run_in_process(workflow: Workflow, observe: Callable[[Outcome], None] = lambda _: None) -> dict[str, Outcome]:
     """All steps in this process, with the history kept in the state folder; stops at the first step that fails."""
-    hooks = Hooks(observe=observe)
+    with again_of(workflow):
+        return _materialize(workflow, Hooks(observe=observe))
+
+
+def _materialize(workflow: Workflow, hooks: Hooks) -> dict[str, Outcome]:
     with dagster.DagsterInstance.from_config(str(dagster_home()), IN_PROCESS_FILE) as instance:
+        for reason in end_dead_runs(instance, workflow.name):
+            say(f"{workflow.name}: {reason}")
         try:
             done = dagster.materialize(
                 _assets(workflow, hooks),
                 instance=instance,
                 run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
                 raise_on_error=False,
-                tags={WORKFLOW_TAG: workflow.name},
+                tags={WORKFLOW_TAG: workflow.name, **process_tag()},
             )
         except dagster.DagsterExecutionInterruptedError:
             raise KeyboardInterrupt from None
@@ -100,7 +108,7 @@ def _asset(workflow: Workflow, name: str, place: int, hooks: Hooks) -> dagster.A
         check_specs=checks,
     )
     def compute(context: dagster.AssetExecutionContext) -> Iterator[Any]:
-        hooks.errors.pop(name, None)  # Of the try before this one.
+        _sign(context)
         if hooks.errors:  # Dagster would go on with what does not depend on it; an interrupt means all.
             raise dagster.Failure(f"not run: step {next(iter(hooks.errors))} ended the workflow", allow_retries=False)
         hooks.prepare()
@@ -109,9 +117,9 @@ def _asset(workflow: Workflow, name: str, place: int, hooks: Hooks) -> dagster.A
             with _interrupts():
                 outcome = run_step(workflow, name, uris)
         except (Exception, KeyboardInterrupt) as error:
+            if _may_pass(error) and context.retry_number < RETRIES:
+                raise  # No end yet: what is ready goes on while this step waits for its next try.
             hooks.errors[name] = error
-            if _may_pass(error):
-                raise
             raise dagster.Failure(f"{name}: {root_error(error)!s}", allow_retries=False) from error
         hooks.outcomes[name] = outcome
         hooks.observe(outcome)
@@ -122,6 +130,13 @@ def _asset(workflow: Workflow, name: str, place: int, hooks: Hooks) -> dagster.A
         yield dagster.MaterializeResult(asset_key=key, metadata=_metadata(outcome), check_results=results)
 
     return compute
+
+
+def _sign(context: dagster.AssetExecutionContext) -> None:
+    """Put this process's name to the run, so that its death is noticed."""
+    mine = process_tag()
+    if context.run.tags.get(PROCESS_TAG) != mine[PROCESS_TAG]:
+        context.instance.add_run_tags(context.run.run_id, mine)
 
 
 def _uri(context: dagster.AssetExecutionContext, workflow: Workflow, source: str, hooks: Hooks) -> str:
@@ -181,19 +196,9 @@ def _schedules(workflow: Workflow) -> Iterator[dagster.ScheduleDefinition]:
     )
     def tick(context: dagster.ScheduleEvaluationContext) -> Any:
         """One run at a time: a tick during a run is skipped, and the tick after it finds what has changed."""
-        going = context.instance.get_runs(
-            dagster.RunsFilter(
-                job_name=job_name(workflow),
-                statuses=[
-                    dagster.DagsterRunStatus.QUEUED,
-                    dagster.DagsterRunStatus.NOT_STARTED,
-                    dagster.DagsterRunStatus.STARTING,
-                    dagster.DagsterRunStatus.STARTED,
-                ],
-            ),
-            limit=1,
-        )
-        if going:
+        for reason in end_dead_runs(context.instance, workflow.name):
+            context.log.warning(reason)
+        if going := unfinished_runs(context.instance, workflow.name):
             return dagster.SkipReason(f"run {going[0].run_id} is still going")
         return dagster.RunRequest()
 

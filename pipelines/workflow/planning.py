@@ -11,7 +11,7 @@ from pipelines.workflow.stages import stage_run
 
 __all__ = ["Plan", "plan"]
 
-State = Literal["finished", "running", "unfinished", "missing"]
+State = Literal["finished", "lost", "running", "unfinished", "missing"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,7 @@ class Plan:
     state: State
     result: StageResult | None = None
     holder: str | None = None  # The live process that is at it.
+    problem: str | None = None  # What of a finished result is gone.
 
     @property
     def place(self) -> str:
@@ -36,16 +37,19 @@ def plan(stage: str, recipe: Any) -> Plan:
     try:
         stage_run(stage)(recipe)
     except Planned as named:
-        digest, identity = named.digest, named.identity
+        digest, identity, missing = named.digest, named.identity, named.missing
     else:
         raise AssertionError(f"stage {stage} did not go through run_stage")
     finally:
         PLAN_ONLY.reset(token)
     result = find_result(stage, digest)
-    if result is not None:
+    problem = missing(result) if result is not None else None
+    if result is not None and problem is None:
         return Plan(stage, digest, identity, "finished", result)
     holder = holder_of(stage, digest)
     if holder is not None:
         return Plan(stage, digest, identity, "running", holder=holder)
+    if problem is not None:
+        return Plan(stage, digest, identity, "lost", problem=problem)
     started = store.exists(store.join(runs(), stage, digest, "lease.json"))
     return Plan(stage, digest, identity, "unfinished" if started else "missing")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pipelines.workflow.again import again, again_of
 from pipelines.workflow.stages import made_nothing, stage_run
 
 if TYPE_CHECKING:
@@ -39,18 +39,6 @@ class NotRun(RuntimeError):
     """A step has nothing to work on: a gate upstream refused, which is an answer and no failure."""
 
 
-@contextmanager
-def again(recompute: bool) -> Iterator[None]:
-    """Inside the block a finished stage is computed again (`--again`)."""
-    from pipelines.identity import AGAIN
-
-    token = AGAIN.set(recompute)
-    try:
-        yield
-    finally:
-        AGAIN.reset(token)
-
-
 def run_stage_named(stage: str, recipe: Any, *, step: str | None = None) -> Outcome:
     started = time.monotonic()
     result = stage_run(stage)(recipe)
@@ -77,14 +65,15 @@ def run_plain(workflow: Workflow, observe: Callable[[Outcome], None] = lambda _:
     from pipelines.identity import Held
 
     outcomes: dict[str, Outcome] = {}
-    for name in workflow.order():
-        try:
-            outcomes[name] = run_step(workflow, name, {done: outcomes[done].result.uri for done in outcomes})
-        except Held:
-            raise
-        except Exception as error:
-            raise StepFailed(name, error) from error
-        observe(outcomes[name])
+    with again_of(workflow):
+        for name in workflow.order():
+            try:
+                outcomes[name] = run_step(workflow, name, {done: outcomes[done].result.uri for done in outcomes})
+            except Held:
+                raise
+            except Exception as error:
+                raise StepFailed(name, error) from error
+            observe(outcomes[name])
     return outcomes
 
 

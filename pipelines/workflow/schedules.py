@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config import RecipeError
+from pipelines.processes import is_alive, start_mark
 from pipelines.progress import say
 from pipelines.workflow.home import dagster_home, locked
+from pipelines.workflow.liveness import end_dead_runs, process_of, unfinished_runs
 from pipelines.workflow.spec import Workflow, find_workflow, load_workflow
 from pipelines.workflow.stages import nearest
 
@@ -29,7 +31,10 @@ log = logging.getLogger(__name__)
 
 VERBS = ("start", "stop", "status")
 START_SECONDS = 90.0
-STOP_SECONDS = 30.0
+DAEMON_SECONDS = 30.0  # For the daemon itself and its code servers to end.
+# For a run to end: its training has 90 s to finish a window and store a checkpoint, then it sends its curves and gives
+# its lease back.
+STOP_SECONDS = 150.0
 
 # {loaded} tells `vit schedule status` whether the daemon's code server could load the workflow, and why not.
 LOCATION = '''\
@@ -118,6 +123,8 @@ def status(name: str | None = None) -> int:
     healthy = pid is not None
     with dagster.DagsterInstance.from_config(str(home)) as instance:
         for each in [name] if name else known:
+            for reason in end_dead_runs(instance, each):
+                say(f"{each}: {reason}; the next tick resumes what it left")
             problem = _load_problem(home, each)
             healthy &= problem is None
             say(f"{each}: {problem or 'loaded'}  ({known[each]['workflow']})")
@@ -167,15 +174,13 @@ def wait_until_loaded(name: str) -> None:
 
 def daemon_pid(home: Path) -> int | None:
     """The daemon's process, if it is the one that was started here (a pid alone may be another process by now)."""
-    import psutil
-
     try:
         record = json.loads((home / "daemon.json").read_text())
-        process = psutil.Process(record["pid"])
-        same = round(process.create_time(), 2) == record["started"] and process.status() != psutil.STATUS_ZOMBIE
-    except (OSError, ValueError, psutil.Error):
+        pid = int(record["pid"])
+        mark = record["mark"] if "mark" in record else record["started"]  # As an earlier release wrote it.
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return int(record["pid"]) if same else None
+    return pid if is_alive(pid, mark) else None
 
 
 def _load_problem(home: Path, name: str) -> str | None:
@@ -189,8 +194,6 @@ def _load_problem(home: Path, name: str) -> str | None:
 
 
 def _start_daemon(home: Path) -> None:
-    import psutil
-
     locations = [
         {
             "python_file": {
@@ -217,13 +220,12 @@ def _start_daemon(home: Path) -> None:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    started = round(psutil.Process(process.pid).create_time(), 2)
-    (home / "daemon.json").write_text(json.dumps({"pid": process.pid, "started": started}))
+    (home / "daemon.json").write_text(json.dumps({"pid": process.pid, "mark": start_mark(process.pid)}))
     log.debug("scheduler started as process %d", process.pid)
 
 
 def _stop_daemon(home: Path) -> bool:
-    """Ends the daemon and what it started: its code servers and the run that is going on."""
+    """Ends the daemon and what it started: its code servers and the runs that are going on, which resume later."""
     import psutil
 
     pid = daemon_pid(home)
@@ -232,15 +234,30 @@ def _stop_daemon(home: Path) -> bool:
         return False
     family = list(_family(psutil.Process(pid)))
     family[0].send_signal(signal.SIGTERM)
-    psutil.wait_procs(family[:1], timeout=STOP_SECONDS)
-    _, alive = psutil.wait_procs(family, timeout=5)
+    psutil.wait_procs(family[:1], timeout=DAEMON_SECONDS)
+    _, alive = psutil.wait_procs(family, timeout=1)
     for process in alive:
         process.terminate()  # A stage takes this as Ctrl-C: it ends on a checkpoint and gives its lease back.
-    _, alive = psutil.wait_procs(alive, timeout=STOP_SECONDS)
+    _, alive = psutil.wait_procs(alive, timeout=2)
+    if working := [f"run {run} (process {pid})" for run, pid in _runs(home, [process.pid for process in alive])]:
+        say(f"waiting for {', '.join(working)}: a training stores a checkpoint and ends, at most {STOP_SECONDS:.0f} s")
+    _, alive = psutil.wait_procs(alive, timeout=STOP_SECONDS if working else DAEMON_SECONDS)
     for process in alive:
-        log.warning("process %d of the scheduler did not end in %.0f s; killed", process.pid, STOP_SECONDS)
+        log.warning("process %d of the scheduler did not end in time; killed", process.pid)
         process.kill()
     return True
+
+
+def _runs(home: Path, pids: Sequence[int]) -> Iterator[tuple[str, int]]:
+    """(run, process) of the unfinished runs that these processes work on."""
+    import dagster
+
+    if pids:
+        with dagster.DagsterInstance.from_config(str(home)) as instance:
+            for run in unfinished_runs(instance):
+                pid = process_of(run)
+                if pid is not None and pid in pids:
+                    yield run.run_id[:8], pid
 
 
 def _family(process: Any) -> Iterator[Any]:

@@ -15,8 +15,10 @@ from typing import Any
 
 from pipelines import store
 from pipelines.config import RecipeError, parse, to_yaml
-from pipelines.identity import AGAIN, Held, StageResult, find_result
+from pipelines.identity import AGAIN, AGAIN_OF, Held, StageResult, find_result, reusable
 from pipelines.progress import say
+from pipelines.results import read_record
+from pipelines.workflow.again import TOKEN_VARIABLE
 from pipelines.workflow.planning import Plan, plan
 from pipelines.workflow.stages import STAGES, nearest, recipe_class
 
@@ -75,7 +77,7 @@ def run_as_job(stage: str, recipe: Any) -> StageResult:
     """The stage's result, made by a Ray job that is submitted, or attached to, unless it is there already."""
     planned = plan(stage, recipe)
     again = AGAIN.get()
-    if planned.result is not None and not again:
+    if planned.result is not None and reusable(read_record(planned.place)):
         say(f"{stage} {planned.digest[:12]}: reused")
         return planned.result
     follow(client(), submit(planned, recipe, folder=code_folder(), again=again))
@@ -117,6 +119,8 @@ def submit(planned: Plan, recipe: Any, *, folder: Path | None, again: bool = Fal
     runtime_env: dict[str, Any] = {}
     if folder is not None:
         runtime_env = {"working_dir": str(folder), "excludes": list(EXCLUDES)}
+    if token := AGAIN_OF.get():
+        runtime_env["env_vars"] = {TOKEN_VARIABLE: token}
     try:
         jobs.submit_job(
             entrypoint=entrypoint([planned.stage, recipe_uri, *(["--again"] if again else [])]),

@@ -95,6 +95,13 @@ def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
         load_recipe(Recipe, write(tmp_path, "corpsu: a\nworkers: many\n"))
 
 
+@pytest.mark.parametrize("flags", [["--minimum", "null"], ["--minimum", "None"], ["--minimum=null"]])
+def test_null_and_none_are_the_same_word_for_a_field_that_may_be_empty(tmp_path: Path, flags: list[str]) -> None:
+    path = write(tmp_path, "corpus: a\nminimum: 0.5\n")
+    assert parse(Recipe, [str(path), *flags]).minimum is None
+    assert parse(Recipe, [str(path), *flags, "--corpus", "null"]).corpus == "null"
+
+
 def test_a_flag_that_does_not_fit_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path, "corpus: a\n")
     for flags, says in (

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipelines import finetune, store
+from pipelines import finetune, identity, store
 from pipelines.config import RecipeError, from_dict
 from pipelines.finetune import FinetuneRecipe
+from tests.pipelines.tracking.toys import save_toy
 
 SIZES = {"patch_size": 4, "width": 32, "depth": 2, "mlp_dim": 64, "num_heads": 2}
 
@@ -46,6 +48,44 @@ def test_a_dropout_that_would_be_ignored_is_refused() -> None:
 def test_a_bad_model_name_is_refused_before_training() -> None:
     with pytest.raises(ValueError, match="model name"):
         finetune.run(recipe("nowhere", weights="w", register_as="a/b"))
+
+
+def pretrained(root: Path, attempt: int, seed: int, **details: Any) -> str:
+    """Weights as the attempt of a pretrain run leaves them, and that run's result."""
+    place = root / "runs" / "pretrain" / ("a" * 64)
+    weights = place / "attempts" / str(attempt) / "weights.safetensors"
+    save_toy(weights, seed)
+    result = {"stage": "pretrain", "uri": str(weights), "digest": "a" * 64, "run_id": "run"}
+    record = {"attempt": attempt, "result": {**result, "details": {"weights": str(weights), **details}}}
+    store.write_json(str(place / "result.json"), record)
+    return str(weights)
+
+
+def test_the_identity_takes_the_content_of_the_weights_and_not_the_run_that_made_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`pretrain --again` with other code gives other weights under the same digest."""
+    monkeypatch.setenv("VIT_ROOT", str(tmp_path))
+    first = finetune._fetch(pretrained(tmp_path, 1, seed=1), tmp_path / "here")
+    other = finetune._fetch(pretrained(tmp_path, 2, seed=2), tmp_path / "here")
+    same = finetune._fetch(pretrained(tmp_path, 3, seed=1), tmp_path / "here")
+    assert first.digest == same.digest != other.digest
+    assert first.lineage["vit.pretrain_digest"] == other.lineage["vit.pretrain_digest"] == "a" * 64
+    found = identity.digest_of("finetune", finetune.VERSION, recipe("c"), {"corpus": "x", "weights": "w" * 64})
+    assert found[:16] == "ed5e1ca72fce472b", "raise VERSION if the same recipe now gives another result"
+
+
+def test_what_is_evaluated_or_predicted_with_is_known_by_its_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines.tracking.weights import find_weights
+
+    monkeypatch.setenv("VIT_ROOT", str(tmp_path))
+    reference = pretrained(tmp_path, 1, seed=1)
+    content = hashlib.sha256(Path(reference).read_bytes()).hexdigest()
+    assert find_weights(reference).digest == content, "results of before the hash was kept"
+    assert find_weights(pretrained(tmp_path, 1, seed=1, weights_sha256="as the run says")).digest == "as the run says"
+    assert find_weights(f"{tmp_path}/runs/pretrain/{'a' * 64}").digest == "as the run says"
 
 
 @pytest.mark.stack

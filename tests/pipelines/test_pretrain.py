@@ -74,6 +74,16 @@ def test_the_twin_from_scratch_differs_in_its_initial_weights_alone() -> None:
     assert differing == {"model", "register_as"}
 
 
+def test_a_recipe_for_a_large_corpus_says_what_to_change_for_a_small_one(tmp_path: Path) -> None:
+    """Before anything starts: no run is opened, no worker."""
+    from tests.pipelines.tiny_corpus import write_colours
+
+    corpus = write_colours(str(tmp_path / "colours"), train=30, held_out=3)
+    large = load_recipe(PretrainRecipe, "pretrain/vit_b16_imagenet", {"corpus": corpus.reference})
+    with pytest.raises(ValueError, match=r"warmup_steps=10,000 is not below the 3 steps .*--schedule.warmup-steps 0"):
+        pretrain.run(large)
+
+
 def test_how_it_is_run_is_no_part_of_the_identity() -> None:
     one = identity.digest_of("pretrain", 1, recipe("c"), {"corpus": "x"})
     other = recipe("d", workers={"count": 1, "log_every_steps": 1}, checkpoint={"every_seconds": 5})

@@ -87,6 +87,20 @@ def test_a_workflow_says_what_waits_for_what(write: Write) -> None:  # noqa: F81
     assert "\n".join(why.why_workflow(workflow)).count("finished  ") == 2
 
 
+def test_a_workflow_takes_the_flags_of_vit_run(write: Write, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    write("r.yaml", "leaf: mint\n")
+    path = write("w.yaml", "steps: {first: {stage: brew, recipe: r.yaml}}")
+    run_plain(load_workflow(path))
+    assert why.main([path, "--first.minutes", "9"]) == 0
+    assert "minutes  4 -> 9" in capsys.readouterr().out
+    assert why.main([path, "--first.minutes=4"]) == 0
+    assert "finished" in capsys.readouterr().out
+    with pytest.raises(RecipeError, match="no step 'frist'; did you mean 'first'"):
+        why.main([path, "--frist.minutes", "9"])
+    with pytest.raises(RecipeError, match=r"flags of the form --STEP\.field VALUE"):
+        why.main([path, "--first", "9"])
+
+
 def test_the_stage_of_a_recipe_is_the_one_that_takes_it(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     monkeypatch.setattr(why, "STAGES", {"brew": ""})
     assert why.stage_of(write("r.yaml", "leaf: mint\n")) == "brew"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipelines import store
 from pipelines.config import Strict, how, input_
@@ -32,15 +33,23 @@ def run(recipe: BrewRecipe) -> StageResult:
 
     def work(attempt: Attempt) -> StageResult:
         if recipe.notes:
-            with open(recipe.notes, "a") as notes:  # noqa: PTH123
+            with Path(recipe.notes).open("a") as notes:
                 notes.write(f"{recipe.leaf}\n")
         match recipe.trouble:
             case "value":
                 raise ValueError("the kettle is cold; heat it first")
             case "sleep":
                 time.sleep(60)
+            case "interrupt once" if (stop := Path(f"{recipe.notes}.{recipe.minutes}")).exists():
+                stop.unlink()
+                raise KeyboardInterrupt
             case "interrupt":
                 raise KeyboardInterrupt
+            case "away":
+                raise store.StoreError("the store is away")
+            case "flaky":
+                if Path(recipe.notes).read_text().split().count(recipe.leaf) == 1:
+                    raise store.StoreError("the store is away")
             case "bug":
                 raise TypeError("not a cup")
         uri = store.join(attempt.uri, "cup.txt")

@@ -9,7 +9,8 @@ import pytest
 
 from pipelines import store
 from pipelines.identity import Held, lease, runs
-from pipelines.workflow.runner import NotRun, Outcome, StepFailed, again, run_plain
+from pipelines.workflow.again import again
+from pipelines.workflow.runner import NotRun, Outcome, StepFailed, run_plain
 from pipelines.workflow.spec import Workflow, load_workflow
 from tests.pipelines.workflow import brew
 
@@ -76,6 +77,25 @@ def test_again_recomputes_every_step(run: Run, two_cups: Workflow, house: Path) 
     assert brewed(house) == 4
 
 
+def test_an_interrupted_again_of_a_workflow_goes_on_where_it_was(
+    run: Run, two_cups: Workflow, house: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two_cups = two_cups.with_values({"second": {"trouble": "interrupt once"}})
+    run(two_cups, lambda _: None)
+    (house / "notes.4").touch()
+    with again(True), pytest.raises(KeyboardInterrupt):
+        run(two_cups, lambda _: None)
+    with again(True):
+        resumed = run(two_cups, lambda _: None)
+    assert {name: done.result.reused for name, done in resumed.items()} == {"first": True, "second": False}
+    assert "two: goes on with the --again of" in capsys.readouterr().out
+    assert brewed(house) == 5
+    with again(True):
+        anew = run(two_cups, lambda _: None)
+    assert not any(done.result.reused for done in anew.values())
+    assert not list(store.list_objects(store.join(store.root(), "workflows")))
+
+
 def test_the_first_failing_step_is_named_with_its_own_error(run: Run, two_cups: Workflow, house: Path) -> None:
     seen: list[str] = []
     troubled = two_cups.with_values({"second": {"trouble": "value"}})
@@ -122,6 +142,38 @@ def test_a_step_that_another_process_is_at_is_not_run_twice(run: Run, two_cups: 
     store.delete(store.join(place, "result.json"))
     with lease(store.join(place, "lease.json"), "brew"), pytest.raises(Held, match="held by process"):
         run(two_cups, lambda _: None)
+
+
+def test_while_a_step_waits_for_its_next_try_the_others_go_on(
+    write: Callable[[str, str], str], house: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines.workflow import assets
+
+    monkeypatch.setattr(assets, "RETRY_SECONDS", 1.0)
+    notes = house / "notes"
+    write("r.yaml", f"notes: {notes}\n")
+    path = write(
+        "w.yaml",
+        "steps:\n  one: {stage: brew, recipe: r.yaml, set: {trouble: flaky}}\n"
+        "  other: {stage: brew, recipe: r.yaml, set: {leaf: mint}}\n"
+        "  last: {stage: brew, recipe: r.yaml, set: {leaf: sage}, inputs: {water: one}}\n",
+    )
+    outcomes = assets.run_in_process(load_workflow(path))
+    assert list(outcomes) == ["one", "other", "last"]
+    assert notes.read_text().split() == ["assam", "mint", "assam", "sage"]
+
+
+def test_what_fails_in_every_try_ends_the_run_with_its_own_error(
+    write: Callable[[str, str], str], house: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines.workflow import assets
+
+    monkeypatch.setattr(assets, "RETRY_SECONDS", 0.1)
+    write("r.yaml", f"notes: {house / 'notes'}\n")
+    path = write("w.yaml", "steps: {one: {stage: brew, recipe: r.yaml, set: {trouble: away}}}")
+    with pytest.raises(StepFailed, match="step one: the store is away"):
+        assets.run_in_process(load_workflow(path))
+    assert brewed(house) == 1 + assets.RETRIES
 
 
 def test_plain_and_dagster_agree_on_every_digest(two_cups: Workflow) -> None:

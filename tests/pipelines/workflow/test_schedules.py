@@ -1,4 +1,4 @@
-"""A schedule fires by the clock, registers a version once, and says truthfully whether it can fire."""
+"""A schedule fires by the clock, registers a version once, also after a reboot, and says truly whether it can fire."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import dagster
 import psutil
 import pytest
 
 from infra.endpoints import Endpoints
+from pipelines import identity, store
 from pipelines.config import RecipeError
 from pipelines.workflow import schedules
 from pipelines.workflow.home import dagster_home
 from pipelines.workflow.spec import load_workflow
+from tests.pipelines.tracking.toys import own_root
 
 FLOW = """
 name: by_the_clock
@@ -51,15 +54,26 @@ def listening(process: psutil.Process) -> list[str]:
     ]
 
 
+def finished(instance: dagster.DagsterInstance, count: int, home: Path, seconds: float = 400) -> list[str]:
+    """Status of the runs, oldest first, once so many have ended."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        runs = instance.get_runs(dagster.RunsFilter(job_name="by_the_clock_job"))[::-1]
+        if sum(run.is_finished for run in runs) >= count:
+            return [run.status.value for run in runs]
+        time.sleep(1)
+    raise AssertionError((home / "daemon.log").read_text()[-3000:])
+
+
 @pytest.mark.stack
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("no_daemon_left")
-def test_a_finetune_fires_every_minute_and_registers_one_version(
-    stack: Endpoints, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_finetune_fires_by_the_clock_and_registers_one_version_also_after_a_reboot(
+    stack: Endpoints, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import dagster
     from mlflow.tracking import MlflowClient
 
+    own_root(monkeypatch)
     name = f"clock-{tmp_path.name[-8:].strip('0_') or 'x'}-{int(time.time())}"
     path = tmp_path / "flow.yaml"
     path.write_text(FLOW.format(photos=photos, name=name))
@@ -67,19 +81,28 @@ def test_a_finetune_fires_every_minute_and_registers_one_version(
     home = dagster_home()
     pid = schedules.daemon_pid(home)
     assert pid is not None
-    done: list[dagster.DagsterRun] = []
-    deadline = time.monotonic() + 800
     with dagster.DagsterInstance.from_config(str(home)) as instance:
-        while len(done) < 2 and time.monotonic() < deadline:
-            time.sleep(2)
-            runs = instance.get_runs(dagster.RunsFilter(job_name="by_the_clock_job"))
-            done = [run for run in runs if run.is_finished]
-            assert all(run.is_success for run in done), (home / "daemon.log").read_text()[-3000:]
-    assert len(done) >= 2
-    assert not listening(psutil.Process(pid))
+        deadline = time.monotonic() + 200
+        while not list(store.list_objects(store.join(identity.runs(), "finetune"))):
+            assert time.monotonic() < deadline, (home / "daemon.log").read_text()[-3000:]
+            time.sleep(0.2)
+        assert not listening(psutil.Process(pid))
+        # As a reboot leaves it: the scheduler, its code server and the run are gone, and nobody has said so.
+        for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+            process.kill()
+        assert schedules.status() == 1
+        assert "scheduler: dead" in capsys.readouterr().out
+        schedules.start(load_workflow(path), path)
+        assert finished(instance, 2, home) == ["FAILURE", "SUCCESS"]
     assert len(MlflowClient().search_model_versions(f"name = '{name}'")) == 1
     assert schedules.status() == 0
     assert "success" in capsys.readouterr().out
+
+
+def test_a_run_has_time_to_store_its_checkpoint_before_it_is_killed() -> None:
+    from pipelines.training import watch
+
+    assert schedules.STOP_SECONDS >= watch.STOP_SECONDS + 45
 
 
 @pytest.mark.usefixtures("house")
