@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -91,11 +90,10 @@ class HeldOut:
             )
         metrics = measured.metrics(name)
         metrics[f"time/{name}"] = time.perf_counter() - started
-        finite = {key: value for key, value in metrics.items() if math.isfinite(value)}  # JSON knows no others.
-        self.latest.update(finite)
+        self.latest.update(metrics)
         if name == split:
             self.measured, self.images[name] = measured, measured.images
         if self.reporter is not None:
             self.reporter.log(metrics, step)
-            self.reporter.progress(step=step, validation=finite)
+            self.reporter.progress(step=step, validation=metrics)
         return metrics

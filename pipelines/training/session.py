@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import secrets
 import socket
@@ -327,6 +328,7 @@ class Session:
     def _write_outcome(self, **fields: Any) -> None:
         latest = self._latest | self._held_out.latest
         metrics = {key: value for key, value in latest.items() if key not in {"eta_seconds", "lr"}}
+        metrics = {key: value for key, value in metrics.items() if math.isfinite(value)}  # JSON knows no others.
         if self._seconds:
             metrics["images_per_second"] = self._images / self._seconds
         write_outcome(self.config.attempt, step=self.state.step, metrics=metrics, train_seconds=self._seconds, **fields)
