@@ -205,8 +205,7 @@ class Checkpoints:
             "files": files,
         }
         store.write_json(store.join(found.uri, MANIFEST), manifest)
-        for index in range(1, layout.files):
-            store.delete(self._part_uri(found, index))
+        # The parts' own notes stay until retention takes the folder: their writers may still be at them.
         self._retain(found, {name: int(entry["size"]) for name, entry in files.items()})
         return found
 
