@@ -185,6 +185,12 @@ def _why(arguments: list[str], flags: Flags) -> int:
     return why_main(arguments, ensure_stack, _demo_values)
 
 
+def _estimate(arguments: list[str], flags: Flags) -> int:
+    from pipelines.estimate import main as estimate_main
+
+    return estimate_main(arguments, ensure_stack)
+
+
 def _schedule(arguments: list[str], flags: Flags) -> int:
     from infra.endpoints import current
     from pipelines.workflow.schedules import main as schedule_main
@@ -240,6 +246,11 @@ VERBS: dict[str, Verb] = {
         "finished, running or missing, and which fields differ from the nearest former run",
         _why,
     ),
+    "estimate": Verb(
+        "RECIPE [--on h100x8] [--mfu 0.45] [--price DOLLARS] [--images N] [--classes K] [--dotted.flag VALUE ...]",
+        "what a training will need and cost: memory, time, dollars, reading; nothing is started",
+        _estimate,
+    ),
     "submit": Verb(
         "[--working-dir DIR] STAGE RECIPE [--dotted.flag VALUE ...]",
         "a stage as a job on the Ray cluster; attaches when it already runs there",
@@ -279,7 +290,7 @@ def _say_help() -> None:
     groups = {
         "start here": ["demo", *INFRA],
         "stages: vit VERB RECIPE [--dotted.flag VALUE ...]": list(STAGES),
-        "together": ["run", "why", "submit", "schedule", "recipes"],
+        "together": ["run", "why", "estimate", "submit", "schedule", "recipes"],
     }
     _write("usage: vit VERB ...\n\nPretrain, fine-tune and ship Vision Transformers on your own image corpus.")
     for title, verbs in groups.items():
