@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipelines.training.config import AnyOptimizer, ParallelConfig, Sgd, TrainConfig
-from vit_model import ModelConfig, ResNetConfig, ViTConfig, build_model
+from vit_model import ModelConfig, ResNetConfig, build_model
 from vit_model.config import HeadKind
 
 __all__ = ["activation_bytes", "optimizer_slots", "state_bytes"]
@@ -48,17 +48,14 @@ def activation_bytes(model: ModelConfig, num_classes: int, head: HeadKind, train
 
     With activation checkpointing each block keeps its input alone, and one block at a time everything.
     """
-    # Counted on a CPU, whose autocast leaves norms in bf16; a GPU's keeps their inputs in fp32: 36 bytes for 32.
-    more = 36 / 32 if train.precision == "bf16" and isinstance(model, ViTConfig) else 1.0
     if isinstance(model, ResNetConfig):
         return _kept(model, num_classes, head, train.precision)
     one, two = (_kept(dataclasses.replace(model, depth=depth), num_classes, head, train.precision) for depth in (1, 2))
     block = two - one
-    outside = max(0, one - block)
     if not train.activation_checkpointing:
-        return round((outside + block * model.depth) * more)
+        return one + block * (model.depth - 1)
     kept = round(model.num_tokens * (1 - model.patch_dropout)) * model.width
-    return round((outside + block) * more) + model.depth * kept * (2 if train.precision == "bf16_pure" else 4)
+    return one + model.depth * kept * (2 if train.precision == "bf16_pure" else 4)
 
 
 def _kept(model: ModelConfig, num_classes: int, head: HeadKind, precision: str) -> int:
