@@ -191,6 +191,12 @@ def _estimate(arguments: list[str], flags: Flags) -> int:
     return estimate_main(arguments, ensure_stack)
 
 
+def _runs(arguments: list[str], flags: Flags) -> int:
+    from pipelines.runs import main as runs_main
+
+    return runs_main(arguments, ensure_stack)
+
+
 def _schedule(arguments: list[str], flags: Flags) -> int:
     from infra.endpoints import current
     from pipelines.workflow.schedules import main as schedule_main
@@ -251,6 +257,11 @@ VERBS: dict[str, Verb] = {
         "what a training will need and cost: memory, time, dollars, reading; nothing is started",
         _estimate,
     ),
+    "runs": Verb(
+        "[list [STAGE]] | tail DIGEST | stop DIGEST | compare DIGEST DIGEST",
+        "every stage run in the store: where it stands; follow it, stop it, compare two",
+        _runs,
+    ),
     "submit": Verb(
         "[--working-dir DIR] STAGE RECIPE [--dotted.flag VALUE ...]",
         "a stage as a job on the Ray cluster; attaches when it already runs there",
@@ -290,7 +301,7 @@ def _say_help() -> None:
     groups = {
         "start here": ["demo", *INFRA],
         "stages: vit VERB RECIPE [--dotted.flag VALUE ...]": list(STAGES),
-        "together": ["run", "why", "estimate", "submit", "schedule", "recipes"],
+        "together": ["run", "why", "runs", "estimate", "submit", "schedule", "recipes"],
     }
     _write("usage: vit VERB ...\n\nPretrain, fine-tune and ship Vision Transformers on your own image corpus.")
     for title, verbs in groups.items():

@@ -17,7 +17,7 @@ BOTTOM = {
     f"pipelines.{name}"
     for name in ("batch", "store", "processes", "lease", "results", "identity", "progress", "config")
 }
-VERBS = ("pipelines.why", "pipelines.demo", "pipelines.estimate")
+VERBS = ("pipelines.why", "pipelines.demo", "pipelines.estimate", "pipelines.runs")
 STAGES = {"shard", "pretrain", "finetune", "evaluate", "promote", "predict"}
 
 
