@@ -197,6 +197,12 @@ def _runs(arguments: list[str], flags: Flags) -> int:
     return runs_main(arguments, ensure_stack)
 
 
+def _gc(arguments: list[str], flags: Flags) -> int:
+    from pipelines.garbage import main as gc_main
+
+    return gc_main(arguments, ensure_stack)
+
+
 def _schedule(arguments: list[str], flags: Flags) -> int:
     from infra.endpoints import current
     from pipelines.workflow.schedules import main as schedule_main
@@ -262,6 +268,11 @@ VERBS: dict[str, Verb] = {
         "every stage run in the store: where it stands; follow it, stop it, compare two",
         _runs,
     ),
+    "gc": Verb(
+        "--older-than AGE [--results] [--dry-run]",
+        "free spent checkpoints and abandoned runs; --results: also finished runs that no version and no run names",
+        _gc,
+    ),
     "submit": Verb(
         "[--working-dir DIR] STAGE RECIPE [--dotted.flag VALUE ...]",
         "a stage as a job on the Ray cluster; attaches when it already runs there",
@@ -301,7 +312,7 @@ def _say_help() -> None:
     groups = {
         "start here": ["demo", *INFRA],
         "stages: vit VERB RECIPE [--dotted.flag VALUE ...]": list(STAGES),
-        "together": ["run", "why", "runs", "estimate", "submit", "schedule", "recipes"],
+        "together": ["run", "why", "runs", "gc", "estimate", "submit", "schedule", "recipes"],
     }
     _write("usage: vit VERB ...\n\nPretrain, fine-tune and ship Vision Transformers on your own image corpus.")
     for title, verbs in groups.items():

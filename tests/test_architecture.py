@@ -17,7 +17,7 @@ BOTTOM = {
     f"pipelines.{name}"
     for name in ("batch", "store", "processes", "lease", "results", "identity", "progress", "config")
 }
-VERBS = ("pipelines.why", "pipelines.demo", "pipelines.estimate", "pipelines.runs")
+VERBS = ("pipelines.why", "pipelines.demo", "pipelines.estimate", "pipelines.runs", "pipelines.garbage")
 STAGES = {"shard", "pretrain", "finetune", "evaluate", "promote", "predict"}
 
 
