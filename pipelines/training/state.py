@@ -79,7 +79,9 @@ class TrainState:
             problems.append(f"left over ema/{next(iter(ema))}")
         problems += _misfits(best, own) if best else []
         parameters = self._parameters()
-        slots = {key: tensor for key, tensor in slots.items() if key.split("/")[0] not in parameters or tensor.numel()}
+        # A rank without rows of a parameter has no state of it, not even the counters that are the same everywhere.
+        bare = {name for name, parameter in parameters.items() if not parameter.numel()}
+        slots = {key: tensor for key, tensor in slots.items() if key.split("/")[0] not in bare}
         problems += [f"left over optimizer/{name}" for name in slots if name.split("/")[0] not in parameters]
         if problems:
             raise StateError(f"checkpoint does not fit this model: {'; '.join(sorted(problems))}")
