@@ -192,6 +192,24 @@ def _verify(arguments: list[str], flags: Flags) -> int:
     return verify_main(arguments, ensure_stack)
 
 
+def _estimate(arguments: list[str], flags: Flags) -> int:
+    from pipelines.estimate import main as estimate_main
+
+    return estimate_main(arguments, ensure_stack)
+
+
+def _runs(arguments: list[str], flags: Flags) -> int:
+    from pipelines.runs import main as runs_main
+
+    return runs_main(arguments, ensure_stack)
+
+
+def _gc(arguments: list[str], flags: Flags) -> int:
+    from pipelines.garbage import main as gc_main
+
+    return gc_main(arguments, ensure_stack)
+
+
 def _schedule(arguments: list[str], flags: Flags) -> int:
     from infra.endpoints import current
     from pipelines.workflow.schedules import main as schedule_main
@@ -258,6 +276,21 @@ VERBS: dict[str, Verb] = {
         "every byte of a corpus against its manifest; exit code 1 if anything differs",
         _verify,
     ),
+    "estimate": Verb(
+        "RECIPE [--on h100x8] [--mfu 0.45] [--price DOLLARS] [--images N] [--classes K] [--dotted.flag VALUE ...]",
+        "what a training will need and cost: memory, time, dollars, reading; nothing is started",
+        _estimate,
+    ),
+    "runs": Verb(
+        "[list [STAGE]] | tail DIGEST | stop DIGEST | compare DIGEST DIGEST",
+        "every stage run in the store: where it stands; follow it, stop it, compare two",
+        _runs,
+    ),
+    "gc": Verb(
+        "--older-than AGE [--results] [--dry-run]",
+        "free spent checkpoints and abandoned runs; --results: also finished runs that no version and no run names",
+        _gc,
+    ),
     "submit": Verb(
         "[--working-dir DIR] STAGE RECIPE [--dotted.flag VALUE ...]",
         "a stage as a job on the Ray cluster; attaches when it already runs there",
@@ -302,7 +335,7 @@ def _say_help() -> None:
     groups = {
         "start here": ["demo", *INFRA],
         "stages: vit VERB RECIPE [--dotted.flag VALUE ...]": list(STAGES),
-        "together": ["run", "why", "submit", "schedule", "corpus", "verify", "recipes"],
+        "together": ["run", "why", "runs", "gc", "estimate", "submit", "schedule", "corpus", "verify", "recipes"],
     }
     _write("usage: vit VERB ...\n\nPretrain, fine-tune and ship Vision Transformers on your own image corpus.")
     for title, verbs in groups.items():

@@ -10,19 +10,31 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines import identity, store
 from pipelines.config import Strict, input_
-from pipelines.fit import check_splits, engine_tag, log_pictures, metrics_of, model_config, square_input, train_model
+from pipelines.fit import (
+    check_choices,
+    check_splits,
+    engine_tag,
+    log_pictures,
+    metrics_of,
+    model_config,
+    square_input,
+    train_model,
+)
 from pipelines.identity import Attempt, StageResult
 from pipelines.reader.loader import AugmentConfig, ReaderConfig
 from pipelines.training.config import (
     CheckpointConfig,
+    DistillConfig,
     ModelConfig,
     OptimizerConfig,
+    ParallelConfig,
     Sgd,
     TrainConfig,
     ValidationConfig,
     WorkerConfig,
 )
 from pipelines.training.schedules import ScheduleConfig
+from pipelines.weights import Weights, fetch_teacher, fetch_weights, named
 
 if TYPE_CHECKING:
     from pipelines.corpus.manifest import Corpus
@@ -56,6 +68,8 @@ class FinetuneRecipe(Strict):
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     workers: WorkerConfig = field(default_factory=WorkerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata={"how": True})
+    distill: DistillConfig | None = None  # Learn from a teacher's answers too.
 
     def __post_init__(self) -> None:
         if self.resolution < 1:
@@ -82,10 +96,12 @@ def run(recipe: FinetuneRecipe) -> StageResult:
         check_model_name(recipe.register_as)
     corpus = open_corpus(recipe.corpus)
     check_splits(recipe, corpus)
+    check_choices(recipe, corpus)
     with tempfile.TemporaryDirectory(prefix="vit-finetune-") as folder:
-        weights = _fetch(recipe.weights, Path(folder)) if recipe.weights is not None else None
-        inputs = {"corpus": corpus.digest, "weights": weights.digest if weights else "none"}
-        work = partial(_work, recipe, corpus, weights, Path(folder))
+        weights = fetch_weights(recipe.weights, Path(folder)) if recipe.weights is not None else None
+        teacher = fetch_teacher(recipe.distill, recipe.train, corpus, Path(folder))
+        inputs = {"corpus": corpus.digest, "weights": weights.digest if weights else "none", **named(teacher)}
+        work = partial(_work, recipe, corpus, weights, teacher, Path(folder))
         return identity.run_stage(STAGE, VERSION, recipe, inputs, work, _lost)
 
 
@@ -105,49 +121,13 @@ def _lost(result: StageResult) -> str | None:
     return None
 
 
-@dataclass(frozen=True, slots=True)
-class _Weights:
-    """Weights to start from, on this machine."""
-
-    path: Path
-    digest: str  # sha256 of the file: the same run may have made others with `--again`.
-    lineage: dict[str, str]
-
-
-def _fetch(reference: str, folder: Path) -> _Weights:
-    from pipelines.tracking.package import sha256_of
-
-    if reference.startswith("models:/"):
-        from pipelines.tracking.registry import fetch_version
-
-        version = fetch_version(reference, folder)
-        lineage = {
-            "vit.pretrain_digest": version.digest,
-            "vit.pretrain_run_id": version.run_id,
-            "vit.weights": version.uri,
-        }
-        return _Weights(version.weights, sha256_of(version.weights), lineage)
-    try:
-        path = store.download(reference, folder / reference.rstrip("/").rsplit("/", 1)[-1])
-    except store.NotFound:
-        raise ValueError(
-            f"weights={reference!r}: there is no such object; give what `vit pretrain` returned, or check the name"
-        ) from None
-    digest = sha256_of(path)
-    try:
-        made_by = identity.result_of(reference)
-    except ValueError:  # Not made by a stage of ours: the content speaks for itself.
-        return _Weights(path, digest, {"vit.weights": reference, "vit.weights_digest": digest})
-    lineage = {
-        "vit.pretrain_digest": made_by.digest,
-        "vit.pretrain_run_id": made_by.run_id or "",
-        "vit.weights": reference,
-    }
-    return _Weights(path, digest, lineage)
-
-
 def _work(
-    recipe: FinetuneRecipe, corpus: Corpus, weights: _Weights | None, folder: Path, attempt: Attempt
+    recipe: FinetuneRecipe,
+    corpus: Corpus,
+    weights: Weights | None,
+    teacher: Weights | None,
+    folder: Path,
+    attempt: Attempt,
 ) -> StageResult:
     from pipelines.tracking.run import track
 
@@ -170,6 +150,7 @@ def _work(
         initial = store.join(attempt.uri, "initial" + weights.path.suffix)
         store.upload(weights.path, initial)
     lineage = weights.lineage if weights else {"vit.weights": "none (from scratch)"}
+    lineage = lineage | (teacher.lineage if teacher else {})
     with track(attempt, recipe, corpus=corpus, tags={**lineage, **engine_tag()}) as run:
         outcome = train_model(
             recipe,
@@ -180,6 +161,8 @@ def _work(
             head="linear",
             initial=initial,
             input_spec=square_input(model),
+            teacher=teacher,
+            head_bias=recipe.model.head_bias if recipe.model is not None else None,
         )
         log_pictures(run, outcome, corpus.class_names)
         return _result(recipe, corpus, attempt, run, outcome, lineage, folder)

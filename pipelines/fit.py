@@ -11,17 +11,17 @@ from pipelines.identity import Attempt
 from pipelines.progress import say
 from pipelines.reader.loader import AugmentConfig, ReaderConfig
 from pipelines.training.config import (
-    Adam,
-    AdamW,
+    AnyOptimizer,
     CheckpointConfig,
-    MuonAdamW,
-    Sgd,
+    DistillConfig,
+    ParallelConfig,
     TrainConfig,
     ValidationConfig,
     WorkerConfig,
 )
 from pipelines.training.config import ModelConfig as SizeConfig
 from pipelines.training.schedules import ScheduleConfig
+from pipelines.weights import Weights
 
 if TYPE_CHECKING:
     from pipelines.corpus.manifest import Corpus
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TrainingRecipe",
+    "check_choices",
     "check_splits",
     "engine_tag",
     "log_pictures",
@@ -53,7 +54,7 @@ class TrainingRecipe(Protocol):
     @property
     def train(self) -> TrainConfig: ...
     @property
-    def optimizer(self) -> AdamW | Adam | Sgd | MuonAdamW: ...
+    def optimizer(self) -> AnyOptimizer: ...
     @property
     def schedule(self) -> ScheduleConfig: ...
     @property
@@ -66,6 +67,10 @@ class TrainingRecipe(Protocol):
     def checkpoint(self) -> CheckpointConfig: ...
     @property
     def workers(self) -> WorkerConfig: ...
+    @property
+    def parallel(self) -> ParallelConfig: ...
+    @property
+    def distill(self) -> DistillConfig | None: ...
 
 
 def check_splits(recipe: TrainingRecipe, corpus: Corpus) -> None:
@@ -81,6 +86,15 @@ def check_splits(recipe: TrainingRecipe, corpus: Corpus) -> None:
             off = "; null switches it off" if field != "split" else ""
             raise ValueError(f"{field}={split!r} is no split of {corpus.uri}; it has {known}{off}")
     recipe.schedule.check(recipe.train.steps(corpus.splits[recipe.split]))
+
+
+def check_choices(recipe: TrainingRecipe, corpus: Corpus) -> None:
+    """What the settings ask of each other and of the corpus; raises ValueError with the remedy."""
+    from pipelines.training.rules import check_together
+
+    check_together(recipe.train, recipe.optimizer, recipe.schedule, recipe.validation, recipe.parallel)
+    if unknown := sorted((recipe.train.class_weights or {}).keys() - set(corpus.class_names)):
+        raise ValueError(f"train.class_weights names {', '.join(unknown)}, which {corpus.uri} has not")
 
 
 def engine_tag() -> dict[str, str]:
@@ -117,6 +131,8 @@ def train_model(
     head: Literal["linear", "mlp"],
     initial: str | None,
     input_spec: InputSpec,
+    teacher: Weights | None = None,
+    head_bias: float | None = None,
 ) -> Outcome:
     """Work out the job, say what will be done, and do it on the cluster."""
     from pipelines.reader.decode import engine_version
@@ -166,6 +182,10 @@ def train_model(
         checkpoint=recipe.checkpoint,
         workers=recipe.workers,
         use_gpu=placement.use_gpu,
+        parallel=recipe.parallel,
+        distill=recipe.distill,
+        teacher=_put_teacher(teacher, attempt),
+        head_bias=head_bias or 0.0,
     )
     parameters = count_parameters(build_model(model, num_classes, head, device="meta"))
     say(
@@ -174,6 +194,15 @@ def train_model(
         f"{parameters:,} parameters; {identity.code_origin()}"
     )
     return launch(job, placement)
+
+
+def _put_teacher(teacher: Weights | None, attempt: Attempt) -> str | None:
+    """Workers anywhere must reach it, and a later attempt must find the same."""
+    if teacher is None:
+        return None
+    uri = store.join(attempt.uri, "teacher" + teacher.path.suffix)
+    store.upload(teacher.path, uri)
+    return uri
 
 
 def metrics_of(outcome: Outcome) -> dict[str, float]:

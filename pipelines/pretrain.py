@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pipelines import identity
 from pipelines.config import Strict, input_
-from pipelines.fit import check_splits, engine_tag, log_pictures, metrics_of, model_config, square_input, train_model
+from pipelines.fit import (
+    check_choices,
+    check_splits,
+    engine_tag,
+    log_pictures,
+    metrics_of,
+    model_config,
+    square_input,
+    train_model,
+)
 from pipelines.identity import Attempt, StageResult
 from pipelines.reader.loader import AugmentConfig, ReaderConfig
 from pipelines.training.config import (
     AdamW,
     CheckpointConfig,
+    DistillConfig,
     ModelConfig,
     OptimizerConfig,
+    ParallelConfig,
     TrainConfig,
     ValidationConfig,
     WorkerConfig,
 )
 from pipelines.training.schedules import ScheduleConfig
+from pipelines.weights import Weights, fetch_teacher, named
 
 if TYPE_CHECKING:
     from pipelines.corpus.manifest import Corpus
@@ -50,6 +64,8 @@ class PretrainRecipe(Strict):
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     workers: WorkerConfig = field(default_factory=WorkerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata={"how": True})
+    distill: DistillConfig | None = None  # Learn from a teacher's answers too.
 
     def __post_init__(self) -> None:
         if self.resolution < 1:
@@ -68,15 +84,20 @@ def run(recipe: PretrainRecipe) -> StageResult:
 
     corpus = open_corpus(recipe.corpus)
     check_splits(recipe, corpus)
-    work = partial(_work, recipe, corpus)
-    return identity.run_stage(STAGE, VERSION, recipe, {"corpus": corpus.digest}, work, identity.missing_object)
+    check_choices(recipe, corpus)
+    with tempfile.TemporaryDirectory(prefix="vit-pretrain-") as folder:
+        teacher = fetch_teacher(recipe.distill, recipe.train, corpus, Path(folder))
+        inputs = {"corpus": corpus.digest, **named(teacher)}
+        work = partial(_work, recipe, corpus, teacher)
+        return identity.run_stage(STAGE, VERSION, recipe, inputs, work, identity.missing_object)
 
 
-def _work(recipe: PretrainRecipe, corpus: Corpus, attempt: Attempt) -> StageResult:
+def _work(recipe: PretrainRecipe, corpus: Corpus, teacher: Weights | None, attempt: Attempt) -> StageResult:
     from pipelines.tracking.run import track
 
     model = model_config(recipe.model, recipe.resolution)
-    with track(attempt, recipe, corpus=corpus, tags=engine_tag()) as run:
+    tags = engine_tag() | (teacher.lineage if teacher is not None else {})
+    with track(attempt, recipe, corpus=corpus, tags=tags) as run:
         outcome = train_model(
             recipe,
             attempt,
@@ -86,6 +107,8 @@ def _work(recipe: PretrainRecipe, corpus: Corpus, attempt: Attempt) -> StageResu
             head=recipe.head,
             initial=None,
             input_spec=square_input(model),
+            teacher=teacher,
+            head_bias=recipe.model.head_bias,
         )
         log_pictures(run, outcome, corpus.class_names)
         return attempt.result(

@@ -17,6 +17,15 @@ BOTTOM = {
     f"pipelines.{name}"
     for name in ("batch", "store", "processes", "lease", "results", "identity", "progress", "config")
 }
+VERBS = (
+    "pipelines.why",
+    "pipelines.demo",
+    "pipelines.estimate",
+    "pipelines.runs",
+    "pipelines.garbage",
+    "pipelines.corpus.command",
+    "pipelines.verify",
+)
 STAGES = {"shard", "index", "subset", "mix", "show", "pretrain", "finetune", "evaluate", "promote", "predict"}
 
 
@@ -73,15 +82,7 @@ def allowed(path: Path, module: str) -> bool:
         case "workflow":
             return below(module, "pipelines.workflow")
         case "cli":
-            return below(
-                module,
-                "pipelines.cli",
-                "pipelines.workflow",
-                "pipelines.why",
-                "pipelines.demo",
-                "pipelines.corpus.command",
-                "pipelines.verify",
-            )
+            return below(module, "pipelines.cli", "pipelines.workflow", *VERBS)
     return stage_or_join  # Stages join the parts.
 
 

@@ -13,6 +13,7 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -33,6 +34,7 @@ __all__ = [
     "UnknownModel",
     "VersionInfo",
     "alias_target",
+    "all_versions",
     "check_model_name",
     "fetch_version",
     "find_version",
@@ -240,6 +242,19 @@ def find_version(reference: str) -> VersionInfo:
             )
     version = _ask(lambda: _known(client, name, lambda: client.get_model_version(name, number)))
     return _info(version)
+
+
+def all_versions() -> list[VersionInfo]:
+    """Every version of every model; raises TrackingError if MLflow does not answer."""
+    client = connect()
+    found: list[VersionInfo] = []
+    token: str | None = None
+    while True:
+        page = _ask(partial(client.search_model_versions, max_results=1000, page_token=token))
+        found += [_info(version) for version in page]
+        token = page.token
+        if not token:
+            return found
 
 
 def alias_target(name: str, alias: str) -> VersionInfo | None:

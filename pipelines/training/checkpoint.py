@@ -1,6 +1,6 @@
 """Checkpoints: safetensors and JSON under ATTEMPT/checkpoints/STEP/, the manifest with its hashes written last.
 
-    tensors-00000-of-00001.safetensors    parameters and optimizer state
+    tensors-00000-of-00001.safetensors    parameters and optimizer state; where they are cut, one file per part
     state.json                            step, order, layout; read by people and by the next attempt
     manifest.json                         names, sizes and sha256 of the others: the commit point
 Whoever writes here is trusted for weights, never for code: nothing in this file can run any.
@@ -8,12 +8,14 @@ Whoever writes here is trusted for weights, never for code: nothing in this file
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import re
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +24,17 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from pipelines import store
+from pipelines.training.layout import WHOLE, Layout, Part
 
 __all__ = ["AsyncSaver", "CheckpointError", "Checkpoints", "Found", "Loaded", "Place"]
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-TENSORS = "tensors-00000-of-00001.safetensors"
+TENSORS = Layout().file_name(0)  # Where nothing is cut.
 STATE = "state.json"
 MANIFEST = "manifest.json"
+PART_SECONDS = 600.0  # That the first part waits for the others.
 MAX_JSON_BYTES = 16 << 20  # A manifest is some hundred bytes; more is not ours.
 
 
@@ -75,8 +79,9 @@ class Loaded:
 class Checkpoints:
     """The checkpoints of one digest, over all its attempts since the last `--again` began."""
 
-    def __init__(self, place: Place, keep: int = 2) -> None:
-        self.place, self.keep = place, keep
+    def __init__(self, place: Place, keep: int = 2, part: Part = WHOLE) -> None:
+        """`part`: of the cut tensors, what this rank holds: what it saves, and what it has loaded."""
+        self.place, self.keep, self.part = place, keep, part
         self._pattern = re.compile(rf"{re.escape(place.root)}/attempts/(\d+)/checkpoints/(\d+)/([^/]+)$")
 
     def found(self) -> list[Found]:
@@ -110,18 +115,22 @@ class Checkpoints:
         return self.load(Found(self._uri(attempt, step), step, attempt))
 
     def load(self, found: Found) -> Loaded:
-        """Download and verify; raises CheckpointError."""
+        """Download what this part needs and verify it; raises CheckpointError."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         manifest = self._manifest(found)
         with tempfile.TemporaryDirectory(prefix="vit-checkpoint-") as folder:
-            paths = {name: self._verified(found, name, wanted, Path(folder)) for name, wanted in manifest.items()}
-            state = _parse(paths[STATE].read_bytes(), store.join(found.uri, STATE))
+            path = self._verified(found, STATE, manifest[STATE], Path(folder))
+            state = _parse(path.read_bytes(), store.join(found.uri, STATE))
+            layout = _layout(state, manifest, found)
+            files = {index: layout.file_name(index) for index in layout.needed(self.part)}
+            paths = {index: self._verified(found, name, manifest[name], Path(folder)) for index, name in files.items()}
             try:
-                tensors = {name: tensor.clone() for name, tensor in load_file(paths[TENSORS]).items()}
+                read = {index: load_file(path) for index, path in paths.items()}
+                tensors = {name: tensor.clone() for name, tensor in layout.join(read, self.part).items()}
             except (SafetensorError, OSError, ValueError, KeyError) as error:
-                raise CheckpointError(f"{store.join(found.uri, TENSORS)} is not safetensors ({error})") from None
+                raise CheckpointError(f"the tensors of {found.uri} are not safetensors as written ({error})") from None
         if state.get("step") != found.step:
             raise CheckpointError(
                 f"{store.join(found.uri, STATE)} says step {state.get('step')}, its place {found.step}"
@@ -141,8 +150,8 @@ class Checkpoints:
         if manifest.get("digest") != self.place.digest or manifest.get("step") != found.step:
             raise CheckpointError(f"{uri} belongs to another run or step")
         files = manifest.get("files")
-        if not isinstance(files, dict) or set(files) != {TENSORS, STATE}:
-            raise CheckpointError(f"{uri} does not list {TENSORS} and {STATE}")
+        if not isinstance(files, dict) or STATE not in files or not all(isinstance(of, dict) for of in files.values()):
+            raise CheckpointError(f"{uri} does not list {STATE} and the files of its tensors")
         return files
 
     def _verified(self, found: Found, name: str, wanted: Mapping[str, Any], folder: Path) -> Path:
@@ -158,19 +167,35 @@ class Checkpoints:
             raise CheckpointError(f"{uri} does not match the sha256 of its manifest")
         return path
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Found:
-        """Files first, manifest last, then retention. Raises LeaseLost if another attempt took over."""
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        rows: Mapping[str, int] | None = None,
+        token: str = "",
+    ) -> Found | None:
+        """Files first, manifest last, then retention. Raises LeaseLost if another attempt took over.
+
+        `rows`: over all parts, of the tensors that are cut. The first part commits, once all others have come with
+        the same `token`, which every start of the group draws anew; the others return None.
+        """
         from safetensors.torch import save_file
 
         found = Found(self._uri(self.place.number, step), step, self.place.number)
+        layout = Layout(self.part.count, rows or {})
         with tempfile.TemporaryDirectory(prefix="vit-checkpoint-") as folder:
-            save_file(dict(tensors), Path(folder) / TENSORS, metadata={"format": "pt"})
-            (Path(folder) / STATE).write_text(json.dumps({**state, "step": step}, indent=1, sort_keys=True))
-            files: dict[str, dict[str, Any]] = {}
-            for name in (TENSORS, STATE):
-                path = Path(folder) / name
-                files[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
-                store.upload(path, store.join(found.uri, name))
+            path = Path(folder) / layout.file_name(self.part.index)
+            save_file(dict(tensors), path, metadata={"format": "pt"})
+            files = {path.name: self._upload(path, found)}
+            if self.part.index:
+                store.write_json(self._part_uri(found, self.part.index), {"token": token, **files[path.name]})
+                return None
+            about = {**state, "step": step, "layout": layout.to_json()}
+            (Path(folder) / STATE).write_text(json.dumps(about, indent=1, sort_keys=True))
+            files[STATE] = self._upload(Path(folder) / STATE, found)
+        for index in range(1, layout.files):
+            files[layout.file_name(index)] = self._other_part(found, index, token)
         self.place.check()
         manifest = {
             "format": FORMAT,
@@ -180,8 +205,32 @@ class Checkpoints:
             "files": files,
         }
         store.write_json(store.join(found.uri, MANIFEST), manifest)
+        # The parts' own notes stay until retention takes the folder: their writers may still be at them.
         self._retain(found, {name: int(entry["size"]) for name, entry in files.items()})
         return found
+
+    def _upload(self, path: Path, found: Found) -> dict[str, Any]:
+        entry = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        store.upload(path, store.join(found.uri, path.name))
+        return entry
+
+    def _part_uri(self, found: Found, index: int) -> str:
+        return store.join(found.uri, f"part-{index:05d}.json")
+
+    def _other_part(self, found: Found, index: int, token: str) -> dict[str, Any]:
+        """Size and sha256 of what another rank has uploaded; one left by an earlier start does not count."""
+        deadline = time.monotonic() + PART_SECONDS
+        while True:
+            with contextlib.suppress(store.NotFound):
+                part = store.read_json(self._part_uri(found, index))
+                if part.get("token") == token:
+                    return {"size": part["size"], "sha256": part["sha256"]}
+            if time.monotonic() > deadline:
+                raise store.StoreError(
+                    f"part {index} of the checkpoint at step {found.step} did not come within {PART_SECONDS:.0f} s;"
+                    " the checkpoints before it stay"
+                )
+            time.sleep(0.1)
 
     def _retain(self, newest: Found, sizes: Mapping[str, int]) -> None:
         """Drop what is older than the newest `keep`, once the newest is seen to stand in the store whole."""
@@ -213,15 +262,24 @@ class AsyncSaver:
     def busy(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        rows: Mapping[str, int] | None = None,
+        token: str = "",
+    ) -> None:
         """Start the upload of these CPU tensors, after the one under way. Raises what the one before ended with."""
         self.wait()
-        self._thread = threading.Thread(target=self._run, args=(step, tensors, state), name=f"checkpoint {step}")
+        arguments = (step, tensors, state, rows, token)
+        self._thread = threading.Thread(target=self._run, args=arguments, name=f"checkpoint {step}")
         self._thread.start()
 
-    def _run(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    def _run(self, *arguments: Any) -> None:
         try:
-            self._committed(self._checkpoints.save(step, tensors, state))
+            if (found := self._checkpoints.save(*arguments)) is not None:
+                self._committed(found)
         except BaseException as error:
             self._error = error
 
@@ -237,6 +295,17 @@ class AsyncSaver:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
+
+
+def _layout(state: Mapping[str, Any], manifest: Mapping[str, Any], found: Found) -> Layout:
+    """The layout that the state tells; the manifest must list exactly its files."""
+    try:
+        layout = Layout.from_json(state.get("layout", {"files": 1}))
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{store.join(found.uri, STATE)}: {error}") from None
+    if set(manifest) != {STATE, *(layout.file_name(index) for index in range(layout.files))}:
+        raise CheckpointError(f"the manifest of {found.uri} does not list {STATE} and {layout.files} files of tensors")
+    return layout
 
 
 def _parse(data: bytes, uri: str) -> dict[str, Any]:

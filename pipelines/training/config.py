@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pipelines.config import BY_KIND, Strict, how
+from pipelines.config import Strict, how, input_
+from pipelines.training.optimizer_config import (
+    Adam,
+    AdamW,
+    AnyOptimizer,
+    MuonAdamW,
+    OptimizerConfig,
+    ScheduleFree,
+    Sgd,
+)
 
 __all__ = [
     "Adam",
     "AdamW",
+    "AnyOptimizer",
+    "BestConfig",
     "CheckpointConfig",
+    "DistillConfig",
+    "EmaConfig",
     "ModelConfig",
     "MuonAdamW",
     "OptimizerConfig",
+    "ParallelConfig",
+    "ScheduleFree",
     "Sgd",
     "TrainConfig",
     "ValidationConfig",
@@ -36,6 +51,14 @@ class ModelConfig(Strict):
     channels: int | None = None  # Colour channels of the input.
     dropout: float | None = None  # The paper's places: after position embedding and dense layers.
     patch_dropout: float | None = None  # Share of each training image's patches left out: faster steps.
+    attention_dropout: float | None = None  # On attention probabilities.
+    drop_path: float | None = None  # Chance that an image skips a residual branch (stochastic depth).
+    drop_path_schedule: Literal["linear", "constant"] | None = None  # Over depth: rising from 0, or the same.
+    position: Literal["learned", "sincos2d", "none"] | None = None  # Position embedding.
+    num_registers: int | None = None  # Extra tokens that no pooling reads.
+    qk_norm: bool | None = None  # LayerNorm of q and k.
+    layer_scale: float | None = None  # Initial value of a learned scale on each residual branch.
+    head_bias: float | None = None  # Initial bias of the last layer; -ln(classes) suits loss: sigmoid.
 
     def __post_init__(self) -> None:
         sizes = ("patch_size", "width", "depth", "mlp_dim", "num_heads")
@@ -46,9 +69,42 @@ class ModelConfig(Strict):
             )
 
     def overrides(self) -> dict[str, Any]:
-        """The fields that were given, without the variant's name."""
-        given = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "variant"}
+        """The fields of the model's config that were given."""
+        own = ("variant", "head_bias")
+        given = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in own}
         return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmaConfig(Strict):
+    """An exponential moving average of the weights, validated beside them (the paper's Polyak averaging: 0.9999)."""
+
+    decay: float = 0.9999  # Share of the average that stays at each step.
+    warmup: bool = True  # In step t at most (1 + t) / (10 + t), so that a short run does not keep its random start.
+
+    def __post_init__(self) -> None:
+        if not 0 < self.decay < 1:
+            raise ValueError(f"decay={self.decay} is outside 0 < decay < 1; 0.9999 is usual, 0.999 for short runs")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistillConfig(Strict):
+    """Learn from a teacher's answers to the very images of each step (arXiv 2106.05237), besides the labels."""
+
+    teacher: str = input_()  # URI or path of weights, models:/NAME/VERSION; its classes are matched by name.
+    target: Literal["soft", "hard"] = "soft"  # The teacher's probabilities, or its best class (DeiT).
+    weight: float = 0.5  # Share of the teacher in the loss; 1 leaves the labels unread.
+    temperature: float = 1.0  # Softens both sides of `soft`; the loss is multiplied by its square.
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight <= 1:
+            raise ValueError(
+                f"weight={self.weight} is outside 0 < w <= 1; leave distill out to learn from labels alone"
+            )
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature} is not above 0; 1 leaves the probabilities as they are")
+        if self.target == "hard" and self.temperature != 1.0:
+            raise ValueError(f"temperature={self.temperature} has no effect with target: hard; remove it")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,9 +117,29 @@ class TrainConfig(Strict):
     loss: Literal["softmax", "sigmoid"] = "softmax"  # Cross-entropy over classes, or one per class.
     label_smoothing: float = 0.0  # Share of the target spread evenly over the classes.
     grad_clip: float | None = 1.0  # Largest L2 norm of the whole gradient; null disables.
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast, weights and optimizer stay fp32.
+    # bf16: autocast over fp32 weights. bf16_pure: the model is bf16, the optimizer updates an fp32 copy.
+    precision: Literal["fp32", "bf16", "bf16_pure"] = "fp32"
+    class_weights: dict[str, float] | None = None  # Weight of a class in the loss, by its name; all others 1.
+    ema: EmaConfig | None = None  # Average of the weights over the steps.
+    export: Literal["last", "best", "ema"] = "last"  # Which weights the stage hands on; the others lie beside them.
+    # Images that one device takes at once; more are cut into pieces and their gradients added. auto: as many as fit.
+    per_device_batch_size: int | Literal["auto"] | None = how(default=None)
+    compile: bool = how(default=False)  # torch.compile: faster steps after a minute of compiling.
+    activation_checkpointing: bool = how(default=False)  # Recompute blocks in backward: less memory, a third more time.
+    non_finite: Literal["stop", "rollback"] = how(
+        default="stop"
+    )  # rollback: leave out the step whose loss is not finite.
 
     def __post_init__(self) -> None:
+        if isinstance(self.per_device_batch_size, int) and self.per_device_batch_size < 1:
+            raise ValueError(
+                f"per_device_batch_size={self.per_device_batch_size} is less than one image; give 1 or more, or auto"
+            )
+        for name, weight in (self.class_weights or {}).items():
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"class_weights.{name}={weight} is no weight; give a number of 0 or more")
+        if self.export == "ema" and self.ema is None:
+            raise ValueError("export: ema needs an average; add ema: {decay: 0.9999}, or export: last")
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} is less than one image; give 1 or more")
         if (self.epochs is None) == (self.total_steps is None):
@@ -88,77 +164,18 @@ class TrainConfig(Strict):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AdamW(Strict):
-    """Adam with decoupled weight decay, relative to the learning rate (the convention of the paper's tables)."""
+class BestConfig(Strict):
+    """Keep the weights of the best validation beside the last ones; stop when nothing gets better."""
 
-    kind: Literal["adamw"] = "adamw"
-    peak_lr: float = 1e-3  # Highest learning rate.
-    weight_decay: float = 0.1  # big_vision's wd=1e-4 at lr 1e-3 is 0.1 here.
-    betas: tuple[float, float] = (0.9, 0.999)  # Decay of the first and second moment.
-    eps: float = 1e-8
+    metric: Literal["val/top1", "val/loss", "ema/top1", "ema/loss"] = "val/top1"  # Higher top1, lower loss is better.
+    every_epochs: float = 1.0  # How often is measured; it decides what can be best, unlike validation.every_epochs.
+    patience: int | None = None  # Stop after so many measurements without a new best; null: train to the end.
 
     def __post_init__(self) -> None:
-        _check(self)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Adam(Strict):
-    """Adam without weight decay."""
-
-    kind: Literal["adam"] = "adam"
-    peak_lr: float = 1e-3  # Highest learning rate.
-    betas: tuple[float, float] = (0.9, 0.999)  # Decay of the first and second moment.
-    eps: float = 1e-8
-
-    def __post_init__(self) -> None:
-        _check(self)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sgd(Strict):
-    """SGD with momentum: the paper's fine-tuning (Table 4)."""
-
-    kind: Literal["sgd"] = "sgd"
-    peak_lr: float = 0.03  # Highest learning rate.
-    momentum: float = 0.9
-    nesterov: bool = False
-    weight_decay: float = 0.0  # L2, added to the gradient before the momentum.
-
-    def __post_init__(self) -> None:
-        _check(self)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MuonAdamW(Strict):
-    """Muon for the matrices inside the blocks, AdamW for everything else."""
-
-    kind: Literal["muon"] = "muon"
-    peak_lr: float = 0.02  # Highest learning rate of Muon.
-    momentum: float = 0.95
-    weight_decay: float = 0.05  # Decoupled, relative to the learning rate; for both.
-    adamw_lr: float = 2e-3  # Highest learning rate of AdamW; follows the same schedule.
-    betas: tuple[float, float] = (0.9, 0.999)  # AdamW's decay of the first and second moment.
-    eps: float = 1e-8
-
-    def __post_init__(self) -> None:
-        _check(self)
-        if not self.adamw_lr > 0:
-            raise ValueError(f"adamw_lr={self.adamw_lr} is not above 0; 2e-3 is usual for small models")
-
-
-OptimizerConfig = Annotated[AdamW | Adam | Sgd | MuonAdamW, BY_KIND]
-
-
-def _check(config: AdamW | Adam | Sgd | MuonAdamW) -> None:
-    if not config.peak_lr > 0:
-        raise ValueError(f"peak_lr={config.peak_lr} is not above 0; nothing would be learned")
-    if getattr(config, "weight_decay", 0.0) < 0:
-        raise ValueError(f"weight_decay={config.weight_decay} is negative; 0 disables it")  # type: ignore[union-attr]
-    for name in ("momentum", "betas"):
-        values = getattr(config, name, ())
-        for value in values if isinstance(values, tuple) else (values,):
-            if not 0 <= value < 1:
-                raise ValueError(f"{name}={values} is outside 0 <= {name} < 1; the usual values are the defaults")
+        if not self.every_epochs > 0:
+            raise ValueError(f"every_epochs={self.every_epochs} is not above 0; 1 measures once per epoch")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience={self.patience} would stop at the first measurement; give 1 or more, or null")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,15 +186,21 @@ class ValidationConfig(Strict):
     test_split: str | None = None  # Split that is measured once, after the last step, as test/top1.
     every_epochs: float | None = how(default=1.0)  # How often while training; null: only at the end.
     batch_size: int = how(default=500)  # Images per forward over all workers.
+    best: BestConfig | None = None  # Keep the best weights too, and when to stop early.
 
     def __post_init__(self) -> None:
         if self.every_epochs is not None and not self.every_epochs > 0:
             raise ValueError(f"every_epochs={self.every_epochs} is not above 0; null validates only at the end")
+        if self.best is not None and self.split is None:
+            raise ValueError("best needs a split to measure on; set split, or leave best out")
+        if self.best is not None and self.every_epochs not in (None, 1.0):
+            raise ValueError(f"every_epochs={self.every_epochs} has no effect beside best.every_epochs; remove it")
 
     def every_steps(self, num_images: int, batch_size: int) -> int | None:
-        if self.split is None or self.every_epochs is None:
+        every = self.every_epochs if self.best is None else self.best.every_epochs
+        if self.split is None or every is None:
             return None
-        return max(1, round(self.every_epochs * num_images / batch_size))
+        return max(1, round(every * num_images / batch_size))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -202,6 +225,27 @@ class CheckpointConfig(Strict):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig(Strict):
+    """How the ranks share one step. None of it decides the result beyond the order of rounding."""
+
+    # ddp: every rank holds all. fsdp: weights, gradients and optimizer are cut over the ranks. hsdp: cut over the ranks
+    # of a group, and each group holds all.
+    kind: Literal["ddp", "fsdp", "hsdp"] = how(default="ddp")
+    replicas: int | None = how(default=None)  # hsdp: groups; null: one per node.
+    reshard: bool = how(
+        default=True
+    )  # Free the gathered weights between forward and backward: less memory, more traffic.
+
+    def __post_init__(self) -> None:
+        if self.replicas is not None and self.kind != "hsdp":
+            raise ValueError(f"replicas={self.replicas} has no effect with kind: {self.kind}; it belongs to hsdp")
+        if self.replicas is not None and self.replicas < 1:
+            raise ValueError(f"replicas={self.replicas} is less than one; give the number of nodes, or null")
+        if not self.reshard and self.kind == "ddp":
+            raise ValueError("reshard=False has no effect with kind: ddp; it belongs to fsdp and hsdp")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerConfig(Strict):
     """The processes that train. None of it decides the result beyond the order of rounding."""
 
@@ -211,8 +255,11 @@ class WorkerConfig(Strict):
     cpus: float = how(default=0.05)  # Logical CPUs each reserves; small on a laptop, so that reading gets the rest.
     max_failures: int = how(default=8)  # Restarts of the worker group before the run counts as failed.
     log_every_steps: int = how(default=20)  # Steps between two points in the curves.
+    hang_seconds: float | None = how(default=900.0)  # A worker without a step for so long writes its stacks and ends.
 
     def __post_init__(self) -> None:
+        if self.hang_seconds is not None and not self.hang_seconds > 0:
+            raise ValueError(f"hang_seconds={self.hang_seconds} is not above 0; null disables the watchdog")
         if self.count is not None and self.count < 1:
             raise ValueError(f"count={self.count} workers cannot train; give 1 or more, or null to choose")
         if self.log_every_steps < 1:

@@ -25,14 +25,22 @@ def loss_sum(
     weights: Tensor,
     kind: Literal["softmax", "sigmoid"] = "softmax",
     label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
 ) -> Tensor:
-    """Weighted sum over samples, a scalar. Sigmoid cross-entropy is summed over classes too, as big_vision has it."""
+    """Weighted sum over samples, a scalar. Sigmoid cross-entropy is summed over classes too, as big_vision has it.
+
+    `class_weights` (K,) multiply the terms of their classes, as in torch's cross-entropy with `weight`; the sum is not
+    divided by them.
+    """
     logits = logits.float()  # Under autocast the logits are bf16: their log-sum-exp would lose three digits.
     if kind == "softmax" and labels.ndim == 1:
-        each = F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
+        each = F.cross_entropy(logits, labels, weight=class_weights, reduction="none", label_smoothing=label_smoothing)
     elif kind == "softmax":
-        each = -(targets_of(labels, logits.shape[1], label_smoothing) * F.log_softmax(logits, dim=1)).sum(dim=1)
+        targets = targets_of(labels, logits.shape[1], label_smoothing)
+        targets = targets if class_weights is None else targets * class_weights
+        each = -(targets * F.log_softmax(logits, dim=1)).sum(dim=1)
     else:
         targets = targets_of(labels, logits.shape[1], label_smoothing)
-        each = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(dim=1)
+        terms = F.binary_cross_entropy_with_logits(logits, targets, weight=class_weights, reduction="none")
+        each = terms.sum(dim=1)
     return torch.sum(each * weights)

@@ -1,19 +1,24 @@
-"""Optimizers and their decay groups.
+"""Optimizers, their decay groups and the rate of each layer.
 
 Weight decay acts on kernels alone, as in big_vision: never on biases, norms, position embedding, class token or probe.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from pipelines.training.config import Adam, AdamW, MuonAdamW, Sgd
+from pipelines.training.config import Adam, AdamW, AnyOptimizer, MuonAdamW, ScheduleFree, Sgd
 from pipelines.training.muon import Muon
+from pipelines.training.schedule_free import ScheduleFreeAdamW
 
-__all__ = ["build_optimizers", "is_block_matrix", "is_kernel", "set_lr"]
+__all__ = ["build_optimizers", "is_block_matrix", "is_kernel", "layer_of", "set_lr"]
+
+STEM = ("patch_embedding", "position_embedding", "class_token", "registers", "stem", "root")
 
 
 def is_kernel(name: str, parameter: torch.Tensor) -> bool:
@@ -26,9 +31,22 @@ def is_block_matrix(name: str, parameter: torch.Tensor) -> bool:
     return is_kernel(name, parameter) and parameter.ndim == 2 and name.startswith("blocks.")
 
 
-def build_optimizers(model: nn.Module, config: AdamW | Adam | Sgd | MuonAdamW) -> tuple[torch.optim.Optimizer, ...]:
-    """One optimizer, or two that share the parameters between them; `set_lr` sets their rate before every step."""
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+def layer_of(name: str, depth: int) -> int:
+    """0 for what comes before the blocks, i + 1 for block i, depth + 1 for norm, pool and head (BEiT's numbering)."""
+    if block := re.match(r"blocks\.(\d+)\.", name):
+        return int(block[1]) + 1
+    return 0 if name.startswith(STEM) else depth + 1
+
+
+def build_optimizers(
+    model: nn.Module, config: AnyOptimizer, weights: Mapping[str, nn.Parameter] | None = None
+) -> tuple[torch.optim.Optimizer, ...]:
+    """One optimizer, or two that share the parameters between them; `set_lr` sets their rate before every step.
+
+    `weights`: what is updated in place of the model's own parameters, by their names: an fp32 copy, or a rank's part.
+    """
+    given: Mapping[str, nn.Parameter] = dict(model.named_parameters()) if weights is None else weights
+    trainable = {name: parameter for name, parameter in given.items() if parameter.requires_grad and parameter.numel()}
     matrices: dict[str, nn.Parameter] = {}
     if isinstance(config, MuonAdamW):
         matrices = {name: parameter for name, parameter in trainable.items() if is_block_matrix(name, parameter)}
@@ -37,8 +55,7 @@ def build_optimizers(model: nn.Module, config: AdamW | Adam | Sgd | MuonAdamW) -
                 f"optimizer kind=muon: {type(model).__name__} has no matrix inside blocks; use kind: adamw"
             )
     rest = {name: parameter for name, parameter in trainable.items() if name not in matrices}
-    decay = 0.0 if isinstance(config, Adam) else config.weight_decay
-    groups = _decay_groups(rest, decay)
+    groups = _groups(rest, config, depth=max((layer_of(name, -1) for name in given), default=0))
     match config:
         case AdamW():
             built: tuple[torch.optim.Optimizer, ...] = (
@@ -52,9 +69,11 @@ def build_optimizers(model: nn.Module, config: AdamW | Adam | Sgd | MuonAdamW) -
                     groups, lr=config.peak_lr, momentum=config.momentum, nesterov=config.nesterov, fused=True
                 ),
             )
+        case ScheduleFree():
+            built = (ScheduleFreeAdamW(groups, config.peak_lr, config.betas, config.eps, config.weight_decay),)
         case MuonAdamW():
             built = (
-                Muon([{"params": list(matrices.values())}], config.peak_lr, config.momentum, decay),
+                Muon([{"params": list(matrices.values())}], config.peak_lr, config.momentum, config.weight_decay),
                 torch.optim.AdamW(groups, lr=config.adamw_lr, betas=config.betas, eps=config.eps, fused=True),
             )
     for optimizer in built:
@@ -63,15 +82,24 @@ def build_optimizers(model: nn.Module, config: AdamW | Adam | Sgd | MuonAdamW) -
     return built
 
 
-def _decay_groups(parameters: dict[str, nn.Parameter], decay: float) -> list[dict[str, Any]]:
-    kernels = [parameter for name, parameter in parameters.items() if is_kernel(name, parameter)]
-    others = [parameter for name, parameter in parameters.items() if not is_kernel(name, parameter)]
-    groups = [{"params": kernels, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+def _groups(parameters: Mapping[str, nn.Parameter], config: AnyOptimizer, depth: int) -> list[dict[str, Any]]:
+    """By decay, and by layer where the layers differ in their rate. Kernels first, and layers from first to last."""
+    decay = 0.0 if isinstance(config, Adam) else config.weight_decay
+    layer_decay: float | None = getattr(config, "layer_decay", None)
+    if layer_decay is not None and not depth:
+        raise ValueError(f"layer_decay={layer_decay} needs a model of blocks; a ResNet has none: set it to null")
+    made: dict[tuple[bool, int], dict[str, Any]] = {}
+    for name, parameter in parameters.items():
+        kernel, layer = is_kernel(name, parameter), 0 if layer_decay is None else layer_of(name, depth)
+        group = made.setdefault((not kernel, layer), {"params": [], "weight_decay": decay if kernel else 0.0})
+        if layer_decay is not None:
+            group["lr"] = config.peak_lr * layer_decay ** (depth + 1 - layer)
+        group["params"].append(parameter)
+    return [made[key] for key in sorted(made)]
 
 
 def set_lr(optimizers: tuple[torch.optim.Optimizer, ...], lr: float) -> None:
-    """`lr` is the rate on the scale of `peak_lr`; a second optimizer keeps its ratio to it."""
+    """`lr` is the rate on the scale of `peak_lr`; every other rate keeps its ratio to it."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["GradientSum", "Ranks", "pick_device", "seed_step"]
+from pipelines.training.layout import WHOLE, Part
+
+__all__ = ["GradientSum", "Gradients", "Ranks", "pick_device", "seed_step"]
 
 BUCKET_BYTES = 25 << 20  # Large enough for NCCL's bandwidth, small enough to overlap with backward; as torch's DDP.
 
@@ -58,6 +61,25 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
+class Gradients(Protocol):
+    """How the gradients of one step come together over pieces and ranks, and what they update."""
+
+    weights: dict[str, nn.Parameter]  # fp32, by the model's names: whole tensors, or this rank's rows of them.
+    part: Part  # What this rank holds of the tensors that are cut.
+    last_piece: bool  # Set before each backward of a step.
+    overlap: bool  # False: nothing leaves this rank before `finish`, where that is possible.
+
+    @property
+    def begun(self) -> bool: ...
+    def zero(self) -> None: ...
+    def finish(self) -> None: ...
+    def clip(self, max_norm: float | None) -> Tensor: ...
+    def updated(self) -> None: ...
+    def rows(self, tensors: Mapping[str, Tensor]) -> dict[str, int]: ...
+    def own_part(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+    def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+
+
 class GradientSum:
     """All gradients in one flat buffer, summed over ranks bucket by bucket while backward is still running.
 
@@ -66,15 +88,28 @@ class GradientSum:
     Gradients are summed, not averaged: each rank's loss is already divided by the global batch size.
     """
 
-    def __init__(self, model: nn.Module, ranks: Ranks, bucket_bytes: int = BUCKET_BYTES) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        ranks: Ranks,
+        bucket_bytes: int = BUCKET_BYTES,
+        masters: Mapping[str, nn.Parameter] | None = None,
+    ) -> None:
+        """`masters`: fp32 copies by name, where the model itself is bf16; they take the gradients and the updates."""
         self.ranks = ranks
+        named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.weights: dict[str, nn.Parameter] = dict(named if masters is None else masters)  # What is updated.
         # Reverse order: backward finishes the last layers first.
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad][::-1]
+        self.parameters = list(self.weights.values())[::-1]
+        self._computing = [named[name] for name in self.weights][::-1]  # The model's own, which backward fills.
         if not self.parameters:
             raise ValueError("the model has no parameter that requires a gradient; nothing to train")
         first = self.parameters[0]
         total = sum(parameter.numel() for parameter in self.parameters)
         self.flat = torch.zeros(total, dtype=first.dtype, device=first.device)
+        self.part = WHOLE
+        self.last_piece = True  # Of this step: only then is a bucket complete when backward has passed it.
+        self.overlap = True  # False: buckets wait for `finish`, so that a step can be begun anew until then.
         self._bounds: list[tuple[int, int]] = []
         self._waiting: list[int] = []  # Parameters of each bucket that have no gradient yet in this step.
         self._sizes: list[int] = []
@@ -84,11 +119,15 @@ class GradientSum:
 
     def _build(self, bucket_bytes: int) -> None:
         start = end = count = 0
-        for parameter in self.parameters:
+        for parameter, computing in zip(self.parameters, self._computing, strict=True):
             parameter.grad = self.flat[end : end + parameter.numel()].view_as(parameter)
+            if computing is not parameter:
+                computing.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                    lambda computing, into=parameter.grad: _move_gradient(computing, into)
+                )
             if self.ranks.world_size > 1:
                 bucket = len(self._bounds)
-                parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                computing.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                     lambda _, bucket=bucket: self._ready(bucket)
                 )
             end += parameter.numel()
@@ -108,7 +147,14 @@ class GradientSum:
         self._waiting = list(self._sizes)
         self._launched = 0
 
+    @property
+    def begun(self) -> bool:
+        """Whether other ranks have seen a part of this step's gradient: from then on it cannot be begun anew."""
+        return self._launched > 0
+
     def _ready(self, bucket: int) -> None:
+        if not (self.last_piece and self.overlap):
+            return
         self._waiting[bucket] -= 1
         # In bucket order on every rank, or the collectives would not match.
         while self._launched < len(self._waiting) and self._waiting[self._launched] <= 0:
@@ -136,3 +182,28 @@ class GradientSum:
         if max_norm is not None:
             self.flat.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
+
+    @torch.no_grad()
+    def updated(self) -> None:
+        """After an update: the model computes with the new weights."""
+        if self._computing[0] is not self.parameters[0]:
+            torch._foreach_copy_(list[Tensor](self._computing), list[Tensor](self.parameters))
+
+    def rows(self, tensors: Mapping[str, Tensor]) -> dict[str, int]:
+        """None: every rank holds every tensor whole."""
+        return {}
+
+    def own_part(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(tensors)
+
+    def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors on the CPU of rank 0; elsewhere empty."""
+        return {name: tensor.cpu() for name, tensor in tensors.items()} if self.ranks.rank == 0 else {}
+
+
+@torch.no_grad()
+def _move_gradient(computing: Tensor, into: Tensor) -> None:
+    """Pieces of a step add up in fp32, and bf16 gradients live no longer than their layer's backward."""
+    assert computing.grad is not None
+    into.add_(computing.grad)
+    computing.grad = None

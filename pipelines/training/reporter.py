@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -56,8 +57,9 @@ class Reporter:
 
     def progress(self, **fields: Any) -> None:
         """Replace what the driver shows."""
+        known = {name: _finite(value) if isinstance(value, Mapping) else value for name, value in fields.items()}
         with self._lock:
-            self._progress = {**(self._progress or {}), **fields, "time": time.time()}
+            self._progress = {**(self._progress or {}), **known, "time": time.time()}
 
     def note(self, text: str) -> None:
         """One line that the driver shows to the user."""
@@ -136,3 +138,8 @@ class Reporter:
             self._handed_on.append(self._points[0])  # First there, then gone here: `unsent` misses none.
             self._points.popleft()
             self._warned = False
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON knows no others."""
+    return {name: value for name, value in values.items() if not isinstance(value, float) or math.isfinite(value)}

@@ -3,39 +3,44 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
+import math
 import os
+import secrets
 import socket
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from pipelines import identity, store
-from pipelines.batch import Batch
-from pipelines.training.checkpoint import AsyncSaver, Checkpoints, Found, Loaded
-from pipelines.training.config import CheckpointConfig
-from pipelines.training.loop import Hooks, LoopConfig, train
-from pipelines.training.names import FAULT, OUTCOME, SAMPLES, STARTS, WEIGHTS, TrainingError
+from pipelines.training.checkpoint import Loaded
+from pipelines.training.config import BestConfig, CheckpointConfig
+from pipelines.training.faults import MOST_STARTS, Faults
+from pipelines.training.forward import Prepare
+from pipelines.training.handover import hand_over, write_outcome
+from pipelines.training.heldout import Batches, HeldOut
+from pipelines.training.loop import Hooks, LoopConfig, NotFinite, train
+from pipelines.training.names import TrainingError
+from pipelines.training.objective import Objective
 from pipelines.training.parallel import Ranks
+from pipelines.training.pieces import OutOfMemory, Pieces
 from pipelines.training.reporter import OpenLog, Reporter
+from pipelines.training.saves import Saves
+from pipelines.training.selection import Selection
 from pipelines.training.state import TrainState
-from pipelines.training.step import Prepare
-from pipelines.training.validation import Measured, validate
+from pipelines.training.step import gradients_of
+from pipelines.training.watchdog import Watchdog
 
 __all__ = ["Session", "SessionConfig"]
 
 log = logging.getLogger(__name__)
 
-MOST_STARTS = 4  # In a row from the same step: what failed three times there fails again.
+MOST_LEFT_OUT = 5  # Steps that were not finite; more are no accident.
 FIXED_AT_START = ("lanes", "window_pages")  # Chosen when a run starts; later starts might choose otherwise.
 FIRST_WINDOW_PAGES = 4  # Of the checkpoints that do not say it.
-
-Batches = AbstractContextManager[Iterator[Batch]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +52,12 @@ class SessionConfig:
     engine: str  # Decode engine and versions, which decide the pixels: the same from the first step to the last.
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     num_classes: int
+    best: BestConfig | None = None
+    hang_seconds: float | None = None  # Without progress for so long a worker ends itself.
 
 
 class Session:
-    """`run` on every rank at the same time. Only rank 0 writes."""
+    """`run` on every rank at the same time. Only rank 0 writes, and whoever holds a part of the checkpoints."""
 
     def __init__(
         self,
@@ -63,21 +70,41 @@ class Session:
         validation: Callable[[], Batches] | None,
         test: Callable[[], Batches] | None,
         open_log: OpenLog,
-        export: Callable[[Path], None],
+        export: Callable[[Path, Mapping[str, Tensor]], None],
+        objective: Objective | None = None,
     ) -> None:
-        """`training(start_step, order)`, `validation()`, `test()` open this rank's batches; `export` writes weights."""
+        """`training(start_step, order)`, `validation()`, `test()` open this rank's batches.
+
+        `export(path, tensors)` writes whole weights as a file; only rank 0 calls it.
+        """
         self.config, self.state, self.ranks = config, state, ranks
         self._prepare, self._training, self._export = prepare, training, export
-        self._validation, self._test = validation, test
-        self._checkpoints = Checkpoints(config.attempt, config.checkpoint.keep)
-        self._saver = AsyncSaver(self._checkpoints, self._committed)
+        self._objective = objective
+        self._gradients = gradients_of(state, ranks)
         self._reporter = Reporter(config.attempt.uri, open_log) if ranks.rank == 0 else None
+        self._saves = Saves(
+            config.attempt, config.checkpoint, state, self._gradients, ranks, self._reporter, self._about
+        )
+        self._faults = Faults(config.attempt.uri, ranks.rank)
+        self._watchdog = Watchdog(config.hang_seconds, self._hangs)
+        self._selection = Selection(config.best)
+        self._held_out = HeldOut(
+            validation,
+            test,
+            state=state,
+            config=config.loop.train,
+            prepare=prepare,
+            ranks=ranks,
+            num_classes=config.num_classes,
+            is_cut=self._saves.is_cut,
+            selection=self._selection,
+            watchdog=self._watchdog,
+            reporter=self._reporter,
+        )
+        self._pieces = Pieces(config.loop.train.per_device_batch_size)
+        self._left_out: set[int] = set()
         self._order = dict(config.order)
-        self._measured: Measured | None = None  # The last: the test split's, where there is one.
-        self._measured_images: dict[str, int] = {}
         self._latest: dict[str, float] = {}
-        self._fatal: BaseException | None = None
-        self._saved_at = time.monotonic()
         self._window_step = 0
         self._images = self._seconds = 0.0
 
@@ -87,18 +114,19 @@ class Session:
         Raises TrainingError, on whichever rank it came up, with the outcome written; for the rest try again.
         """
         try:
-            self._resume()
-            finished = self._train()
-            self._finish(finished)
+            with self._watchdog:
+                self._resume()
+                finished = self._train()
+                self._finish(finished)
         except (TrainingError, identity.CannotResume) as error:
             # From any rank: the others may wait for this one in a collective, and can say nothing.
             with contextlib.suppress(store.StoreError):  # The error itself is raised, and ends the group.
                 self._write_outcome(error=str(error), begin_anew=isinstance(error, identity.CannotResume))
             raise
         except Exception as error:
-            self._write_fault(error)
-            with contextlib.suppress(Exception):  # The upload under way saves the next start some steps.
-                self._saver.wait()
+            details = {"kind": OutOfMemory.__name__, "images": error.images} if isinstance(error, OutOfMemory) else {}
+            self._faults.write(self.state.step, error, **details)
+            self._saves.settle()  # The upload under way saves the next start some steps.
             raise
         finally:
             if self._reporter is not None:
@@ -107,28 +135,42 @@ class Session:
     # Start ----------------------------------------------------------------------------------------------------------
 
     def _resume(self) -> None:
-        """Rank 0 chooses the checkpoint; the step that all ranks load from it is the one truth about the step."""
-        loaded = self._checkpoints.newest() if self.ranks.rank == 0 else None
-        choice = (loaded.found.attempt, loaded.found.step, self._record_start(loaded)) if loaded else (0, 0, 0)
-        if loaded is None and self.ranks.rank == 0:
-            choice = (0, 0, self._record_start(None))
-        attempt, step, starts = self.ranks.from_rank_zero(choice)
-        if attempt:
-            loaded = loaded or self._checkpoints.at(attempt, step)
+        """The step that all ranks load from the same checkpoint is the one truth about the step."""
+        self._saves.token = str(self.ranks.from_rank_zero([secrets.randbits(62)])[0])
+        loaded = self._saves.load_together()
+        step, attempt = (loaded.found.step, loaded.found.attempt) if loaded else (0, 0)
+        if loaded:
             self._take_over(loaded)
-            self.state.load(loaded.tensors, loaded.found.step)
+            self._restore(loaded)
             if self._reporter is not None:
                 for values, at in loaded.state.get("curves", ()):
                     self._reporter.log(values, at)
             self._note(f"resumed from the checkpoint at step {step:,} (attempt {attempt})")
+        starts, too_many = 0, 0
+        if self.ranks.rank == 0:
+            too_many = (self._faults.images_that_did_not_fit() if self._pieces.auto else None) or 0
+            smaller = too_many > 1 and (self._pieces.size is None or self._pieces.size >= too_many)
+            starts = self._faults.record_start(step, smaller)
+            too_many = too_many if smaller else 0
+        starts, too_many = self.ranks.from_rank_zero([starts, too_many])
+        if too_many:
+            self._pieces = Pieces("auto", too_many // 2)
+            self._note(f"{too_many} images at once did not fit; going on with {too_many // 2}")
         if starts >= MOST_STARTS:
             raise TrainingError(
-                f"training started {starts} times from step {step:,} and got no further; {self._last_fault()}"
+                f"training started {starts} times from step {step:,} and got no further; {self._faults.say_last()}"
                 "; mend that and run the same command again"
             )
         if starts > 1 or (attempt == self.config.attempt.number and self.ranks.rank == 0):
-            self._note(f"the workers were started again: {self._last_fault()}")
+            self._note(f"the workers were started again: {self._faults.say_last()}")
         self._window_step = self.state.step
+
+    def _restore(self, loaded: Loaded) -> None:
+        self.state.load(loaded.tensors, loaded.found.step)
+        self._selection.load(loaded.state.get("best", {}))
+        self._left_out |= set(loaded.state.get("left_out", ()))
+        if self._pieces.auto and (size := loaded.state.get("per_device_batch_size")):
+            self._pieces = Pieces("auto", int(size))
 
     def _take_over(self, loaded: Loaded) -> None:
         """Go on with the order of the checkpoint; raises CannotResume where the images would not be the same."""
@@ -146,35 +188,9 @@ class Session:
                 "would change in the middle of the run; install those versions again, or begin anew with --again"
             )
 
-    def _record_start(self, loaded: Loaded | None) -> int:
-        """How often in a row this attempt has started from this step."""
-        uri = store.join(self.config.attempt.uri, STARTS)
-        step = loaded.found.step if loaded else 0
-        try:
-            starts = list(store.read_json(uri))
-        except store.NotFound:
-            starts = []
-        starts.append(step)
-        store.write_json(uri, starts[-100:])
-        same = 0
-        for earlier in reversed(starts):
-            if earlier != step:
-                break
-            same += 1
-        return same
-
-    def _last_fault(self) -> str:
-        try:
-            fault = store.read_json(store.join(self.config.attempt.uri, FAULT))
-        except store.NotFound:
-            return "a worker was lost without a word (killed, or out of memory)"
-        return f"worker {fault['rank']} failed at step {fault['step']:,}: {fault['error']}"
-
-    def _write_fault(self, error: BaseException) -> None:
-        """For the next start and for the user."""
-        fault = {"rank": self.ranks.rank, "step": self.state.step, "error": f"{type(error).__name__}: {error}"[:2000]}
-        with contextlib.suppress(store.StoreError):  # The fault itself is raised, here or not.
-            store.write_json(store.join(self.config.attempt.uri, FAULT), fault)
+    def _hangs(self, text: str) -> None:
+        assert self.config.hang_seconds is not None
+        self._faults.write_stacks(self.state.step, self.config.hang_seconds, text)
 
     def _note(self, text: str) -> None:
         if self._reporter is not None:
@@ -183,16 +199,58 @@ class Session:
     # Between ----------------------------------------------------------------------------------------------------------
 
     def _train(self) -> bool:
-        hooks = Hooks(
-            window=self._window, validate=self._validate, after_step=self._after_step, wants_stop=self._wants_stop
-        )
-        if self.state.step >= self.config.loop.total_steps:
+        """False if it was stopped before its end."""
+        loop = self.config.loop
+        if self.state.step >= loop.total_steps:
             self._validate(self.state.step)
             return True
+        if loop.train.non_finite == "rollback" and self.state.step == 0:
+            self._saves.save()  # Else there is nothing to go back to before the first checkpoint.
         if self._reporter is not None:
             self._reporter.progress(step=self.state.step, metrics={}, pid=os.getpid(), host=socket.gethostname())
+        while not self._selection.exhausted:
+            try:
+                return self._train_on()
+            except NotFinite as error:
+                if loop.train.non_finite != "rollback":
+                    raise
+                self._go_back(error)
+        return True
+
+    def _train_on(self) -> bool:
+        hooks = Hooks(
+            window=self._window,
+            validate=self._validate,
+            after_step=self._after_step,
+            save=lambda _: self._saves.save(),
+            wants_stop=self._wants_stop,
+            wants_save=self._saves.wanted,
+        )
         with self._training(self.state.step, self._order) as batches:
-            return train(self.state, batches, self.config.loop, self.ranks, self._prepare, hooks)
+            return train(
+                self.state,
+                batches,
+                self.config.loop,
+                self.ranks,
+                self._prepare,
+                hooks,
+                objective=self._objective,
+                pieces=self._pieces,
+                left_out=self._left_out,
+            )
+
+    def _go_back(self, error: NotFinite) -> None:
+        """To the newest checkpoint before the step that was not finite, which is left out this time."""
+        if len(self._left_out) >= MOST_LEFT_OUT:
+            raise TrainingError(f"{error}; {len(self._left_out)} steps were left out before it") from error
+        self._saves.settle()
+        loaded = self._saves.load_together(latest=error.step)
+        if loaded is None:
+            raise TrainingError(f"{error}; there is no checkpoint to go back to") from error
+        self._restore(loaded)
+        self._left_out.add(error.step)
+        self._window_step = self.state.step
+        self._note(f"step {error.step:,} was not finite: back to step {loaded.found.step:,}, and it is left out")
 
     def _window(self, step: int, metrics: dict[str, float]) -> None:
         steps, self._window_step = step - self._window_step, step
@@ -203,117 +261,74 @@ class Session:
             self._reporter.log({key: value for key, value in metrics.items() if key != "eta_seconds"}, step)
             self._reporter.progress(step=step, metrics=metrics)
 
-    def _validate(self, step: int) -> None:
-        last = step >= self.config.loop.total_steps
-        if self._validation is not None:
-            self._measure("val", self._validation, step, last)
-        if self._test is not None and last:
-            self._measure("test", self._test, step, last)
-
-    def _measure(self, name: str, held_out: Callable[[], Batches], step: int, last: bool) -> None:
-        started = time.perf_counter()
-        with held_out() as batches:
-            self._measured = validate(
-                self.state.model,
-                batches,
-                self.config.loop.train,
-                self._prepare,
-                self.ranks,
-                self.config.num_classes,
-                keep_samples=last and self.ranks.rank == 0,
-            )
-        metrics = self._measured.metrics(name)
-        metrics[f"time/{name}"] = time.perf_counter() - started
-        self._latest.update(metrics)
-        self._measured_images[name] = self._measured.images
-        if self._reporter is not None:
-            self._reporter.log(metrics, step)
-            self._reporter.progress(step=step, validation=metrics)
+    def _validate(self, step: int) -> bool:
+        return self._held_out.validate(step, last=step >= self.config.loop.total_steps)
 
     def _wants_stop(self) -> bool:
-        return self._reporter is not None and (self._reporter.stop_wanted or self._fatal is not None)
-
-    # Checkpoints ----------------------------------------------------------------------------------------------------
+        return self._reporter is not None and (self._reporter.stop_wanted or self._saves.fatal is not None)
 
     def _after_step(self, state: TrainState) -> None:
-        if self.ranks.rank != 0:
-            return
-        try:
-            self._saver.poll()
-        except store.StoreError as error:
-            log.warning("checkpoint failed, the next one is tried at its time: %s", error)
-            self._note(f"a checkpoint could not be stored: {error}")
-        except identity.LeaseLost as error:
-            self._fatal = error
-        every = self.config.checkpoint.every_steps
-        by_step = every is not None and state.step % every == 0
-        by_clock = time.monotonic() - self._saved_at >= self.config.checkpoint.every_seconds and not self._saver.busy
-        if (by_step or by_clock) and state.step < self.config.loop.total_steps and self._fatal is None:
-            started = time.perf_counter()
-            self._save()
-            self._latest["time/checkpoint"] = time.perf_counter() - started
-            if self._reporter is not None:
-                self._reporter.log({"time/checkpoint": self._latest["time/checkpoint"]}, state.step)
+        self._watchdog.beat()
+        if state.step < self.config.loop.total_steps:  # After the last one `_finish` saves.
+            self._saves.after_step(state)
 
-    def _save(self) -> None:
-        self._saver.save(
-            self.state.step,
-            self.state.tensors(),
-            {
-                "order": self._order,
-                "engine": self.config.engine,
-                "world_size": self.ranks.world_size,
-                "layout": {"kind": "replicated", "files": 1},
-                "curves": self._reporter.unsent() if self._reporter is not None else [],
-                "images_seen": self.state.step * self.config.loop.train.batch_size,
-                "code": identity.code_fingerprint(),
-            },
-        )
-        self._saved_at = time.monotonic()
-
-    def _committed(self, found: Found) -> None:
-        if self._reporter is not None:
-            self._reporter.progress(checkpoint=found.step)
+    def _about(self) -> dict[str, Any]:
+        """What the next start must know besides tensors and step."""
+        return {
+            "order": self._order,
+            "engine": self.config.engine,
+            "world_size": self.ranks.world_size,
+            "curves": self._reporter.unsent() if self._reporter is not None else [],
+            "images_seen": self.state.step * self.config.loop.train.batch_size,
+            "per_device_batch_size": self._pieces.size,
+            "best": self._selection.to_json(),
+            "left_out": sorted(self._left_out),
+            "code": identity.code_fingerprint(),
+        }
 
     # End ------------------------------------------------------------------------------------------------------------
 
     def _finish(self, finished: bool) -> None:
-        if self.ranks.rank != 0:
+        if self._saves.fatal is not None:
+            self._write_outcome(error=str(self._saves.fatal))
             return
-        if self._fatal is not None:
-            self._write_outcome(error=str(self._fatal))
-            return
-        self._save()
-        self._saver.wait()
+        chosen = self._weights()
+        export = self.config.loop.train.export
+        if finished:
+            if export != "last" or self.state.step < self.config.loop.total_steps:
+                self._held_out.conclude("val", chosen[export])
+            self._held_out.conclude("test", chosen[export])
+        self._saves.save()
+        self._saves.wait()
         if not finished:
-            self._write_outcome(stopped=True)
+            if self.ranks.rank == 0:
+                self._write_outcome(stopped=True)
             return
-        attempt = self.config.attempt
-        outcome: dict[str, Any] = {"weights": store.join(attempt.uri, WEIGHTS)}
-        with tempfile.TemporaryDirectory(prefix="vit-export-") as folder:
-            path = Path(folder) / WEIGHTS
-            self._export(path)
-            with path.open("rb") as file:
-                outcome["weights_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-            attempt.check()
-            store.upload(path, outcome["weights"])
-            if self._measured is not None and self._measured.samples:
-                from safetensors.torch import save_file
+        whole = {kind: self._gradients.gather(weights) for kind, weights in chosen.items()}  # Collective.
+        if self.ranks.rank == 0:
+            fields = hand_over(
+                self.config.attempt, whole, export, self._export, self._held_out.measured, self._watchdog.beat
+            )
+            fields["measured_images"] = self._held_out.images
+            if self._selection.step is not None:
+                fields["best"] = self._selection.to_json()
+            self._write_outcome(**fields, left_out=sorted(self._left_out))
 
-                save_file(
-                    {name: tensor.contiguous() for name, tensor in self._measured.samples.items()},
-                    Path(folder) / SAMPLES,
-                )
-                outcome["samples"] = store.join(attempt.uri, SAMPLES)
-                store.upload(Path(folder) / SAMPLES, outcome["samples"])
-        if self._measured is not None:
-            outcome["confusion"] = self._measured.confusion
-            outcome["measured_images"] = self._measured_images
-        self._write_outcome(**outcome)
+    def _weights(self) -> dict[str, Mapping[str, Tensor]]:
+        """All that could be handed on."""
+        found: dict[str, Mapping[str, Tensor]] = {"last": self.state.evaluated()}
+        if self.state.ema is not None:
+            found["ema"] = self.state.ema.tensors
+        if self.state.best:
+            found["best"] = self.state.best
+        if self.config.loop.train.export not in found:
+            raise TrainingError("nothing was the best: no validation gave a number; see the curves, or export: last")
+        return found
 
     def _write_outcome(self, **fields: Any) -> None:
-        metrics = {key: value for key, value in self._latest.items() if key not in {"eta_seconds", "lr"}}
+        latest = self._latest | self._held_out.latest
+        metrics = {key: value for key, value in latest.items() if key not in {"eta_seconds", "lr"}}
+        metrics = {key: value for key, value in metrics.items() if math.isfinite(value)}  # JSON knows no others.
         if self._seconds:
             metrics["images_per_second"] = self._images / self._seconds
-        outcome = {"step": self.state.step, "metrics": metrics, "train_seconds": self._seconds, **fields}
-        store.write_json(store.join(self.config.attempt.uri, OUTCOME), outcome)
+        write_outcome(self.config.attempt, step=self.state.step, metrics=metrics, train_seconds=self._seconds, **fields)

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipelines.batch import Batch
 from pipelines.training.config import TrainConfig
-from pipelines.training.losses import loss_sum
+from pipelines.training.forward import Prepare, forward
+from pipelines.training.objective import Objective
 from pipelines.training.optimizers import set_lr
-from pipelines.training.parallel import GradientSum
+from pipelines.training.parallel import Gradients, GradientSum, Ranks, seed_step
+from pipelines.training.pieces import Pieces, is_out_of_memory
 from pipelines.training.state import TrainState
 
-__all__ = ["Counts", "Prepare", "count_correct", "forward", "train_step"]
-
-Prepare = Callable[[Tensor], Tensor]  # uint8 (B, C, H, W) on the device -> float, normalised as the input spec says
+__all__ = ["Counts", "Prepare", "Stepper", "count_correct", "forward", "gradients_of", "to_device"]
 
 
 @dataclass(slots=True)
@@ -34,17 +32,6 @@ class Counts:
         return torch.stack([self.loss, self.correct, self.images]).double()
 
 
-def forward(model: nn.Module, images: Tensor, prepare: Prepare, config: TrainConfig) -> Tensor:
-    """Logits (B, K) of uint8 images on the device."""
-    context: AbstractContextManager[object] = nullcontext()
-    if config.precision == "bf16":
-        context = torch.autocast(images.device.type, dtype=torch.bfloat16)
-    with context:
-        # tokens=False: the last block then computes only what the head reads.
-        logits: Tensor = model(prepare(images), tokens=False).logits
-    return logits
-
-
 def count_correct(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """Weighted number of right answers; with multi-hot labels the best class must be one of them."""
     best = logits.argmax(dim=1)
@@ -58,21 +45,78 @@ def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tenso
     return tuple(part.to(device, non_blocking=True) for part in (images, labels, weights))  # type: ignore[return-value]
 
 
-def train_step(
-    state: TrainState, batch: Batch, gradients: GradientSum, config: TrainConfig, prepare: Prepare, lr: float
-) -> Counts:
-    """Forward, backward, sum over ranks, clip, update. `batch` is this rank's part of the global batch."""
-    images, labels, weights = to_device(batch, gradients.flat.device)
-    gradients.zero()
-    logits = forward(state.model, images, prepare, config)
-    loss = loss_sum(logits, labels, weights, config.loss, config.label_smoothing)
-    torch.autograd.backward(loss / config.batch_size)
-    gradients.finish()
-    norm = gradients.clip(config.grad_clip)
-    set_lr(state.optimizers, lr)
-    for optimizer in state.optimizers:
-        optimizer.step()
-    state.step += 1
-    with torch.no_grad():
-        correct = count_correct(logits, labels, weights)
-    return Counts(loss.detach(), correct, weights.sum(), norm)
+def gradients_of(state: TrainState, ranks: Ranks) -> Gradients:
+    """Those that the state was built with; else every rank holds all of the model as it is."""
+    if state.gradients is None:
+        state.gradients = GradientSum(state.model, ranks)
+    return state.gradients
+
+
+class Stepper:
+    """One update after the other: forward, backward, sum over ranks, clip, update, average."""
+
+    def __init__(
+        self,
+        state: TrainState,
+        config: TrainConfig,
+        ranks: Ranks,
+        prepare: Prepare,
+        objective: Objective | None = None,
+        pieces: Pieces | None = None,
+    ) -> None:
+        self.state, self.config, self.ranks, self.prepare = state, config, ranks, prepare
+        self.gradients = gradients_of(state, ranks)
+        self.objective = objective or Objective(config)
+        self.pieces = pieces or Pieces(config.per_device_batch_size)
+
+    def __call__(self, batch: Batch, seed: int, lr: float, skip: bool = False) -> Counts:
+        """`batch` is this rank's part of the global batch. `skip`: all but the update, for a step that is left out."""
+        state = self.state
+        images, labels, weights = to_device(batch, self.ranks.device)
+        while True:
+            seed_step(seed, state.step, self.ranks.rank)
+            try:
+                loss, correct = self._gradient(images, labels, weights)
+                break
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self.gradients.begun:
+                    raise self.pieces.too_late(len(images), error) from error
+                self.pieces.halve(len(images), error.with_traceback(None))  # The traceback holds the activations.
+            if images.is_cuda:
+                torch.cuda.empty_cache()
+        self.pieces.proven = self.gradients.overlap = True
+        norm = self.gradients.clip(self.config.grad_clip)
+        state.step += 1
+        if not skip:
+            state.grad_norm = norm
+            set_lr(state.optimizers, lr)
+            for optimizer in state.optimizers:
+                optimizer.step()
+            self.gradients.updated()
+            if state.ema is not None:
+                state.ema.update(state.step)
+        return Counts(loss, correct, weights.sum(), norm)
+
+    def _gradient(self, images: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient of the whole batch into `gradients`; summed loss and right answers of this rank's part."""
+        self.gradients.zero()
+        # Until a size has fitted once, nothing leaves this rank before its whole backward has.
+        self.gradients.overlap = self.pieces.proven
+        cuts = self.pieces.cut(len(images))
+        losses: list[Tensor] = []
+        right: list[Tensor] = []
+        for cut in cuts:
+            self.gradients.last_piece = cut is cuts[-1]
+            answers = self.objective.answers(images[cut])
+            logits = forward(self.state.model, images[cut], self.prepare, self.config)
+            loss = self.objective(logits, labels[cut], weights[cut], answers)
+            torch.autograd.backward(loss / self.config.batch_size)
+            losses.append(loss.detach())
+            with torch.no_grad():
+                right.append(count_correct(logits, labels[cut], weights[cut]))
+        self.gradients.finish()
+        if len(cuts) == 1:
+            return losses[0], right[0]
+        return torch.stack(losses).sum(), torch.stack(right).sum()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from pipelines.batch import Batch
 from pipelines.training.config import TrainConfig
+from pipelines.training.forward import Prepare, forward
 from pipelines.training.losses import loss_sum
 from pipelines.training.parallel import Ranks
-from pipelines.training.step import Prepare, count_correct, forward, to_device
+from pipelines.training.step import count_correct, to_device
 
 __all__ = ["Measured", "validate"]
 
@@ -33,7 +34,23 @@ class Measured:
         return {f"{prefix}/top1": self.top1, f"{prefix}/loss": self.loss}
 
 
-@torch.inference_mode()
+def _in_step(batches: Iterable[Batch], ranks: Ranks) -> Iterator[Batch]:
+    """As many batches on every rank as on the one that has most: the rest are one image of weight 0."""
+    source = iter(batches)
+    first = next(source, None)
+    shape = ranks.from_rank_zero(first.images.shape[1:] if first is not None else (0, 0, 0))
+    nothing = Batch(
+        torch.zeros(1, *shape, dtype=torch.uint8),
+        torch.zeros(1, dtype=torch.int64),
+        torch.zeros(1),
+        torch.full((1,), -1),
+    )
+    batch = first
+    while ranks.sum(torch.tensor(float(batch is not None), device=ranks.device)):
+        yield nothing if batch is None else batch
+        batch = next(source, None)
+
+
 def validate(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -42,15 +59,34 @@ def validate(
     ranks: Ranks,
     num_classes: int,
     keep_samples: bool = False,
+    in_step: bool = False,
 ) -> Measured:
-    """Run the model in eval mode over this rank's part of a split. A collective at its end, none before."""
+    """Run the model in eval mode over this rank's part of a split. A collective at its end, none before.
+
+    `in_step`: the forward pass is a collective itself, since the weights are cut over the ranks.
+    """
+    # FSDP2 gathers weights into tensors that training uses again: they must not become inference tensors.
+    with torch.no_grad() if in_step else torch.inference_mode():
+        return _validate(model, batches, config, prepare, ranks, num_classes, keep_samples, in_step)
+
+
+def _validate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    config: TrainConfig,
+    prepare: Prepare,
+    ranks: Ranks,
+    num_classes: int,
+    keep_samples: bool,
+    in_step: bool,
+) -> Measured:
     was_training = model.training
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
     confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=ranks.device)
     samples: dict[str, list[Tensor]] = {"images": [], "labels": [], "probabilities": []}
     single_label = True
-    for batch in batches:
+    for batch in _in_step(batches, ranks) if in_step else batches:
         images, labels, weights = to_device(batch, ranks.device)
         logits = forward(model, images, prepare, config).float()
         loss = loss_sum(logits, labels, weights, config.loss)

@@ -11,7 +11,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -22,11 +22,10 @@ from pipelines.identity import Attempt, CannotResume
 from pipelines.progress import progress, say
 from pipelines.reader.loader import AugmentConfig, ReaderConfig
 from pipelines.training.config import (
-    Adam,
-    AdamW,
+    AnyOptimizer,
     CheckpointConfig,
-    MuonAdamW,
-    Sgd,
+    DistillConfig,
+    ParallelConfig,
     TrainConfig,
     ValidationConfig,
     WorkerConfig,
@@ -40,7 +39,9 @@ from pipelines.training.watch import Outcome, Watcher, read_outcome, stop
 if TYPE_CHECKING:
     from ray.train import UserCallback
     from ray.train.torch import TorchConfig
+    from torch import Tensor
 
+    from pipelines.training.parallel import Ranks
     from pipelines.training.reporter import Log
     from pipelines.training.session import Session
     from vit_model import InputSpec, Model, ModelConfig, OutputSpec
@@ -74,7 +75,7 @@ class TrainJob:
     output_spec: OutputSpec
     macs_per_image: int
     train: TrainConfig
-    optimizer: AdamW | Adam | Sgd | MuonAdamW
+    optimizer: AnyOptimizer
     schedule: ScheduleConfig
     augment: AugmentConfig
     reader: ReaderConfig
@@ -82,6 +83,10 @@ class TrainJob:
     checkpoint: CheckpointConfig
     workers: WorkerConfig
     use_gpu: bool
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    distill: DistillConfig | None = None
+    teacher: str | None = None  # URI of the teacher's weights, with distill.
+    head_bias: float = 0.0
 
 
 # The worker ---------------------------------------------------------------------------------------------------------
@@ -103,7 +108,7 @@ def train_worker(config: dict[str, Any]) -> None:
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32.
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     check_engine(job)
-    build_session(job, Ranks.current(device)).run()
+    build_session(job, Ranks.current(device), context.get_local_world_size()).run()
 
 
 def check_engine(job: TrainJob) -> None:
@@ -117,19 +122,21 @@ def check_engine(job: TrainJob) -> None:
         )
 
 
-def build_session(job: TrainJob, ranks: Any) -> Session:
-    """Join the parts: model, optimizer, reader, tracking."""
+def build_session(job: TrainJob, ranks: Ranks, local_size: int = 1) -> Session:
+    """Join the parts: model, optimizer, reader, tracking. `local_size`: workers of this node."""
     import torch
 
     from pipelines.corpus.manifest import open_corpus
     from pipelines.reader.loader import eval_batches, train_batches
+    from pipelines.training.build import build_state
     from pipelines.training.loop import LoopConfig
-    from pipelines.training.optimizers import build_optimizers
+    from pipelines.training.objective import Objective, class_weight_tensor
     from pipelines.training.session import Session, SessionConfig
-    from pipelines.training.state import TrainState
-    from vit_model import normalize, save_weights
+    from pipelines.training.teacher import load_teacher
+    from vit_model import build_model, normalize, save_weights
 
     corpus = open_corpus(job.corpus)
+    num_classes = len(corpus.class_names)
     model = build_initial(job).to(ranks.device)
     batch_size = job.validation.batch_size // ranks.world_size * ranks.world_size or ranks.world_size
 
@@ -161,8 +168,16 @@ def build_session(job: TrainJob, ranks: Any) -> Session:
             reader=job.reader,
         )
 
-    def export(path: Path) -> None:
-        save_weights(model, path, input_spec=job.input_spec, output_spec=job.output_spec)
+    def export(path: Path, tensors: Mapping[str, Tensor]) -> None:
+        whole = build_model(model.config, num_classes, job.head, device="meta")
+        whole.load_state_dict(dict(tensors), assign=True)
+        save_weights(whole, path, input_spec=job.input_spec, output_spec=job.output_spec)
+
+    teacher = None
+    if job.distill is not None and job.teacher is not None:
+        teacher = load_teacher(job.teacher, job.distill, job.train, job.output_spec, job.input_spec, ranks.device)
+    class_weights = class_weight_tensor(job.train.class_weights, job.output_spec.class_names)
+    class_weights = class_weights if class_weights is None else class_weights.to(ranks.device)
 
     return Session(
         SessionConfig(
@@ -187,9 +202,11 @@ def build_session(job: TrainJob, ranks: Any) -> Session:
             },
             engine=job.engine,
             checkpoint=job.checkpoint,
-            num_classes=len(corpus.class_names),
+            num_classes=num_classes,
+            best=job.validation.best,
+            hang_seconds=job.workers.hang_seconds,
         ),
-        TrainState(model, build_optimizers(model, job.optimizer)),
+        build_state(model, job.train, job.optimizer, ranks, job.parallel, local_size),
         ranks,
         prepare=lambda images: normalize(images, job.input_spec, torch.float32),
         training=training,
@@ -197,6 +214,7 @@ def build_session(job: TrainJob, ranks: Any) -> Session:
         test=partial(held_out, job.validation.test_split) if job.validation.test_split is not None else None,
         open_log=lambda: open_log(job),
         export=export,
+        objective=Objective(job.train, class_weights, teacher),
     )
 
 
@@ -206,7 +224,7 @@ def build_initial(job: TrainJob) -> Model:
 
     num_classes = len(job.output_spec.class_names)
     if job.initial is None:
-        return build_model(job.model, num_classes, job.head, seed=job.seed)
+        return build_model(job.model, num_classes, job.head, head_bias=job.head_bias, seed=job.seed)
     with tempfile.TemporaryDirectory(prefix="vit-initial-") as folder:
         path = store.download(job.initial, Path(folder) / job.initial.rsplit("/", 1)[-1])
         return load_model(
@@ -220,7 +238,8 @@ def build_initial(job: TrainJob) -> Model:
 
 def _regularisation(model: ModelConfig) -> dict[str, Any]:
     """What a file of weights says of the training it comes from, and not of this one."""
-    return {name: getattr(model, name) for name in ("dropout", "patch_dropout") if hasattr(model, name)}
+    names = ("dropout", "attention_dropout", "drop_path", "drop_path_schedule", "patch_dropout")
+    return {name: getattr(model, name) for name in names if hasattr(model, name)}
 
 
 @contextlib.contextmanager

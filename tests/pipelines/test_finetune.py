@@ -12,6 +12,7 @@ import pytest
 from pipelines import finetune, identity, store
 from pipelines.config import RecipeError, from_dict
 from pipelines.finetune import FinetuneRecipe
+from pipelines.weights import fetch_weights
 from tests.pipelines.tracking.toys import save_toy
 
 SIZES = {"patch_size": 4, "width": 32, "depth": 2, "mlp_dim": 64, "num_heads": 2}
@@ -66,9 +67,9 @@ def test_the_identity_takes_the_content_of_the_weights_and_not_the_run_that_made
 ) -> None:
     """`pretrain --again` with other code gives other weights under the same digest."""
     monkeypatch.setenv("VIT_ROOT", str(tmp_path))
-    first = finetune._fetch(pretrained(tmp_path, 1, seed=1), tmp_path / "here")
-    other = finetune._fetch(pretrained(tmp_path, 2, seed=2), tmp_path / "here")
-    same = finetune._fetch(pretrained(tmp_path, 3, seed=1), tmp_path / "here")
+    first = fetch_weights(pretrained(tmp_path, 1, seed=1), tmp_path / "here")
+    other = fetch_weights(pretrained(tmp_path, 2, seed=2), tmp_path / "here")
+    same = fetch_weights(pretrained(tmp_path, 3, seed=1), tmp_path / "here")
     assert first.digest == same.digest != other.digest
     assert first.lineage["vit.pretrain_digest"] == other.lineage["vit.pretrain_digest"] == "a" * 64
     found = identity.digest_of("finetune", finetune.VERSION, recipe("c"), {"corpus": "x", "weights": "w" * 64})

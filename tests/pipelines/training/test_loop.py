@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from pipelines.training.config import AdamW, MuonAdamW, Sgd
-from pipelines.training.loop import Hooks, train
+from pipelines.batch import Batch
+from pipelines.training.config import AdamW, AnyOptimizer, MuonAdamW, ScheduleFree, Sgd
+from pipelines.training.loop import Hooks, NotFinite, train
 from pipelines.training.names import TrainingError
 from pipelines.training.parallel import GradientSum, Ranks, seed_step
 from pipelines.training.state import StateError, TrainState
@@ -29,11 +31,11 @@ def test_it_learns_a_batch_by_heart() -> None:
     assert seen[-1] < 0.3 * seen[0]
 
 
-@pytest.mark.parametrize("optimizer", [AdamW(peak_lr=1e-2), Sgd(), MuonAdamW()], ids=lambda config: config.kind)
+@pytest.mark.parametrize(
+    "optimizer", [AdamW(peak_lr=1e-2), Sgd(), MuonAdamW(), ScheduleFree()], ids=lambda config: config.kind
+)
 @pytest.mark.parametrize("stop", [1, 4, 9])
-def test_stopped_and_resumed_is_bit_for_bit_the_same_as_uninterrupted(
-    optimizer: AdamW | Sgd | MuonAdamW, stop: int
-) -> None:
+def test_stopped_and_resumed_is_bit_for_bit_the_same_as_uninterrupted(optimizer: AnyOptimizer, stop: int) -> None:
     whole = make_state(optimizer)
     train(whole, make_batches(0), make_config(12, optimizer), ALONE, prepare, Hooks())
 
@@ -64,12 +66,28 @@ def test_batches_that_end_early_are_an_error_that_names_the_step() -> None:
         train(make_state(), [make_batch(0), make_batch(1)], make_config(5), ALONE, prepare, Hooks())
 
 
-def test_a_loss_that_is_not_finite_stops_and_names_the_steps() -> None:
+def spoiled(step: int) -> Iterator[Batch]:
+    """Batches of which one holds a weight that no sum survives."""
+    for batch in make_batches(0):
+        if batch.step == step:
+            batch.weights = batch.weights * float("nan")
+        yield batch
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_step() -> None:
+    with pytest.raises(NotFinite, match="loss or gradient of step 6 is not finite") as error:
+        train(make_state(), spoiled(6), make_config(12), ALONE, prepare, Hooks())
+    assert error.value.step == 6
+
+
+def test_a_step_that_is_left_out_changes_no_weight() -> None:
+    kept: dict[int, dict[str, torch.Tensor]] = {}
+    hooks = Hooks(after_step=lambda state: kept.update({state.step: state.tensors()}))
     state = make_state()
-    with torch.no_grad():
-        state.model.head.bias.fill_(float("nan"))  # type: ignore[union-attr]
-    with pytest.raises(TrainingError, match="loss=nan between steps 0 and 4"):
-        train(state, make_batches(0), make_config(8), ALONE, prepare, Hooks())
+    train(state, spoiled(6), make_config(12), ALONE, prepare, hooks, left_out={6})
+    assert all(torch.equal(kept[6][name], tensor) for name, tensor in kept[7].items())
+    assert all(tensor.isfinite().all() for tensor in kept[12].values())
+    assert not torch.equal(kept[7]["model/head.bias"], kept[8]["model/head.bias"])
 
 
 def test_validation_comes_at_its_steps_and_after_the_last() -> None:

@@ -3,9 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipelines.training.config import Adam, AdamW, MuonAdamW, Sgd
+from pipelines.training.config import Adam, AdamW, AnyOptimizer, MuonAdamW, ScheduleFree, Sgd
 from pipelines.training.muon import Muon, orthogonal
 from pipelines.training.optimizers import build_optimizers, is_kernel, set_lr
+from pipelines.training.schedule_free import ScheduleFreeAdamW
 from tests.pipelines.training.tiny import TinyModel
 
 
@@ -19,8 +20,10 @@ def test_only_kernels_decay() -> None:
     assert {decays[id(parameter)] for name, parameter in model.named_parameters() if name not in decayed} == {0.0}
 
 
-@pytest.mark.parametrize("config", [AdamW(), Adam(), Sgd(), MuonAdamW()], ids=lambda config: config.kind)
-def test_every_parameter_has_exactly_one_owner_and_moves(config: AdamW | Adam | Sgd | MuonAdamW) -> None:
+@pytest.mark.parametrize(
+    "config", [AdamW(), AdamW(layer_decay=0.5), Adam(), Sgd(), MuonAdamW(), ScheduleFree()], ids=str
+)
+def test_every_parameter_has_exactly_one_owner_and_moves(config: AnyOptimizer) -> None:
     model = TinyModel()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizers = build_optimizers(model, config)
@@ -66,7 +69,54 @@ def test_muon_is_refused_for_a_model_without_blocks() -> None:
         build_optimizers(torch.nn.Linear(3, 3), MuonAdamW())
 
 
-@pytest.mark.parametrize("values", [{"peak_lr": 0.0}, {"weight_decay": -1.0}, {"betas": (0.9, 1.0)}])
+def test_layers_near_the_input_learn_slower() -> None:
+    model = TinyModel()
+    optimizers = build_optimizers(model, AdamW(peak_lr=1.0, layer_decay=0.5, weight_decay=0.3))
+    set_lr(optimizers, 0.1)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for group in optimizers[0].param_groups for p in group["params"]}
+    decays = {names[id(p)]: group["weight_decay"] for group in optimizers[0].param_groups for p in group["params"]}
+    assert rates["head.bias"] == rates["head.weight"] == pytest.approx(0.1)
+    assert rates["blocks.1.qkv.weight"] == rates["blocks.1.norm.bias"] == pytest.approx(0.05)
+    assert rates["blocks.0.qkv.weight"] == pytest.approx(0.025)
+    assert rates["patch_embedding.weight"] == rates["position_embedding"] == pytest.approx(0.0125)
+    assert {name for name, decay in decays.items() if decay} == {
+        name for name, parameter in model.named_parameters() if is_kernel(name, parameter)
+    }
+
+
+def test_schedule_free_is_its_three_sequences_written_out() -> None:
+    """Against algorithm 1 of the paper with x, y and z kept apart, in float64, with a warm-up."""
+    torch.manual_seed(0)
+    start, decay, (mix, decay2), eps = torch.randn(5, dtype=torch.float64), 0.1, (0.9, 0.99), 1e-8
+    parameter = torch.nn.Parameter(start.clone())
+    optimizer = ScheduleFreeAdamW([{"params": [parameter]}], 0.1, (mix, decay2), eps, decay)
+    x, z, second, weights, highest = start.clone(), start.clone(), torch.zeros_like(start), 0.0, 0.0
+    for step in range(1, 30):
+        lr = 0.1 * min(1.0, (step - 1) / 5)
+        y = (1 - mix) * z + mix * x
+        torch.testing.assert_close(parameter.detach(), y)
+        gradient = torch.sin(3 * y) + y
+        parameter.grad = torch.sin(3 * parameter.detach()) + parameter.detach()
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        second = decay2 * second + (1 - decay2) * gradient**2
+        z = z - lr * (gradient / ((second / (1 - decay2**step)).sqrt() + eps) + decay * y)
+        highest = max(highest, lr)
+        weights += highest**2
+        share = highest**2 / weights if weights else 1.0
+        x = (1 - share) * x + share * z
+        torch.testing.assert_close(optimizer.averages()[parameter], x)
+
+
+def test_layer_decay_is_refused_for_a_model_without_blocks() -> None:
+    with pytest.raises(ValueError, match=r"layer_decay=0.7 needs a model of blocks"):
+        build_optimizers(torch.nn.Linear(3, 3), AdamW(layer_decay=0.7))
+
+
+@pytest.mark.parametrize(
+    "values", [{"peak_lr": 0.0}, {"weight_decay": -1.0}, {"betas": (0.9, 1.0)}, {"layer_decay": 1.0}]
+)
 def test_values_that_cannot_train_are_refused(values: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(values))):
         AdamW(**values)  # type: ignore[arg-type]

@@ -39,3 +39,36 @@ def test_a_setting_that_cannot_be_meant_is_refused(values: dict[str, object], te
 def test_warm_up_longer_than_the_run_is_refused_with_a_nearer_value() -> None:
     with pytest.raises(ValueError, match=r"warmup_steps=100 is not below the 50 steps.*--schedule.warmup-steps 5$"):
         ScheduleConfig(warmup_steps=100).check(50)
+
+
+def test_rsqrt_falls_by_the_root_of_its_timescale_and_cools_down_to_nothing() -> None:
+    schedule = ScheduleConfig(decay="rsqrt", warmup_steps=10, timescale=100, cooldown_steps=50)
+    assert learning_rate(schedule, 2.0, 5, 1000) == pytest.approx(1.0)
+    assert learning_rate(schedule, 2.0, 10, 1000) == pytest.approx(2.0)
+    assert learning_rate(schedule, 2.0, 110, 1000) == pytest.approx(2.0 / math.sqrt(2))
+    assert learning_rate(schedule, 2.0, 310, 1000) == pytest.approx(1.0)
+    assert learning_rate(schedule, 2.0, 975, 1000) == pytest.approx(0.5 * 2.0 / math.sqrt(10.65))
+    assert learning_rate(schedule, 2.0, 1000, 1000) == 0.0
+
+
+def test_a_constant_rate_may_cool_down_at_the_end() -> None:
+    schedule = ScheduleConfig(decay="constant", cooldown_steps=10)
+    assert [learning_rate(schedule, 1.0, step, 100) for step in (0, 90, 95, 99)] == pytest.approx([1, 1, 0.5, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"decay": "cosine", "cooldown_steps": 5}, "cooldown_steps=5 has no effect with decay: cosine"),
+        ({"decay": "linear", "timescale": 5}, "timescale=5 has no effect"),
+        ({"decay": "rsqrt", "end_lr": 0.1}, "end_lr=0.1 has no effect with decay: rsqrt"),
+    ],
+)
+def test_a_setting_of_another_decay_is_refused(values: dict[str, object], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        ScheduleConfig(**values)  # type: ignore[arg-type]
+
+
+def test_a_cooldown_without_room_is_refused() -> None:
+    with pytest.raises(ValueError, match="leave none of total_steps=50"):
+        ScheduleConfig(decay="rsqrt", warmup_steps=20, cooldown_steps=40).check(50)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -16,11 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from pipelines import identity, store
 from pipelines.batch import Batch
-from pipelines.training.config import CheckpointConfig
+from pipelines.training.build import build_state
+from pipelines.training.config import AdamW, BestConfig, CheckpointConfig, EmaConfig
 from pipelines.training.names import FAULT, OUTCOME, PROGRESS, SAMPLES, STOP, WEIGHTS, TrainingError
 from pipelines.training.parallel import Ranks
 from pipelines.training.session import Session, SessionConfig
-from tests.pipelines.training.tiny import CLASSES, make_batch, make_batches, make_config, make_state, prepare
+from pipelines.training.state import TrainState
+from tests.pipelines.training.tiny import CLASSES, TinyModel, make_batch, make_config, prepare
 
 STEPS = 20
 
@@ -51,6 +54,20 @@ def place(tmp_path: Path) -> Place:
     return Place(tmp_path)
 
 
+class Tracking:
+    """As MLflow's log: what an attempt before has logged is not logged again. None: whatever it takes is lost."""
+
+    def __init__(self, points: list[tuple[str, int]] | None) -> None:
+        self.points = points
+
+    def __call__(self, values: dict[str, float], step: int) -> None:
+        if self.points is not None:
+            self.points.extend((key, step) for key in values if (key, step) not in self.points)  # type: ignore[operator]
+
+    def flush(self) -> bool:
+        return self.points is not None
+
+
 def session(
     attempt: identity.Attempt,
     points: list[tuple[str, int]] | None = None,
@@ -59,15 +76,21 @@ def session(
     lanes: int = 4,
     window_pages: int = 4,
     engine: str = "wheels 1",
+    train: dict[str, Any] | None = None,
+    best: BestConfig | None = None,
+    batch_of: Callable[[int], Batch] = make_batch,
 ) -> Session:
-    state = make_state()
+    loop = make_config(STEPS, validate_every_steps=8)
+    loop = dataclasses.replace(loop, train=dataclasses.replace(loop.train, **(train or {})))
+    torch.manual_seed(7)
+    state = build_state(TinyModel(), loop.train, AdamW(peak_lr=1e-2), Ranks())
 
     @contextmanager
     def training(start: int, order: Mapping[str, Any]) -> Iterator[Iterator[Batch]]:
         def watched() -> Iterator[Batch]:
-            for batch in make_batches(start):
-                until(batch.step or 0)
-                yield batch
+            for step in itertools.count(start):
+                until(step)
+                yield batch_of(step)
 
         yield watched()
 
@@ -75,15 +98,11 @@ def session(
     def held_out() -> Iterator[Iterator[Batch]]:
         yield iter([make_batch(500), make_batch(501)])
 
-    def log(values: dict[str, float], step: int) -> None:
-        if points is not None:
-            # As in MLflow's log: what an attempt before has logged is not logged again.
-            points.extend((key, step) for key in values if (key, step) not in points)
-
     return Session(
         SessionConfig(
             attempt=attempt,
-            loop=make_config(STEPS, validate_every_steps=8),
+            loop=loop,
+            best=best,
             order={"corpus": "c", "lanes": lanes, "window_pages": window_pages},
             engine=engine,
             checkpoint=CheckpointConfig(every_seconds=1e9, every_steps=5),
@@ -95,8 +114,8 @@ def session(
         training=training,
         validation=held_out,
         test=held_out,
-        open_log=lambda: nullcontext(log),
-        export=lambda path: save_file(dict(state.model.state_dict()), path),
+        open_log=lambda: nullcontext(Tracking(points)),
+        export=lambda path, tensors: save_file(dict(tensors), path),
     )
 
 
@@ -213,7 +232,7 @@ def test_an_attempt_that_lost_its_lease_stops_and_commits_nothing(place: Place) 
     one.run()
     assert "another attempt took over" in place.read(1, OUTCOME)["error"]
     assert not (Path(place.root) / "attempts" / "1" / WEIGHTS).exists()
-    committed = [found.step for found in one._checkpoints.found()]
+    committed = [found.step for found in one._saves._checkpoints.found()]
     assert 5 in committed and max(committed) <= 10
 
 
@@ -239,9 +258,9 @@ def test_a_loss_that_is_not_finite_is_an_outcome_and_not_a_retry(place: Place) -
     with torch.no_grad():
         for parameter in one.state.model.parameters():
             parameter.fill_(float("inf"))
-    with pytest.raises(TrainingError, match="must be finite"):
+    with pytest.raises(TrainingError, match="step 0 is not finite"):
         one.run()
-    assert "must be finite" in place.read(1, OUTCOME)["error"]
+    assert "step 0 is not finite" in place.read(1, OUTCOME)["error"]
 
 
 def test_no_point_of_the_curves_is_lost_while_tracking_cannot_be_reached(place: Place) -> None:
@@ -298,7 +317,7 @@ def test_another_decode_engine_in_the_middle_of_a_run_is_refused(place: Place) -
 def test_a_checkpoint_of_before_engines_and_windows_were_kept_is_taken(place: Place) -> None:
     one = session(place.attempt(1))
     one._order.pop("window_pages")
-    whole = one._checkpoints.save(5, one.state.tensors(), {"order": one._order, "curves": []})
+    whole = one._saves._checkpoints.save(5, one.state.tensors(), {"order": one._order, "curves": []})
     seen: list[int] = []
     session(place.attempt(2), until=seen.append).run()
     assert seen[0] == whole.step == 5
@@ -317,3 +336,89 @@ def test_a_final_error_of_any_rank_is_left_for_the_driver(place: Place) -> None:
     with pytest.raises(TrainingError):
         one.run()
     assert place.read(1, OUTCOME)["error"] == "the batches ended"
+
+
+# What a run may keep and hand on besides the last weights -------------------------------------------------------------
+
+
+def tensors_of(place: Place, number: int, name: str) -> dict[str, torch.Tensor]:
+    return dict(load_file(Path(place.root) / "attempts" / str(number) / name))
+
+
+def test_the_average_is_measured_and_handed_on_when_it_is_asked_for(place: Place) -> None:
+    points: list[tuple[str, int]] = []
+    one = session(place.attempt(1), points, train={"ema": EmaConfig(decay=0.7), "export": "ema"})
+    one.run()
+    outcome = place.read(1, OUTCOME)
+    assert [step for key, step in points if key == "ema/top1"] == [8, 16, 20]
+    assert outcome["metrics"]["val/loss"] == outcome["metrics"]["test/loss"] == outcome["metrics"]["ema/loss"]
+    exported, last = tensors_of(place, 1, WEIGHTS), tensors_of(place, 1, "weights-last.safetensors")
+    assert one.state.ema is not None and outcome["others"]["last"].endswith("weights-last.safetensors")
+    assert all(torch.equal(tensor, exported[name]) for name, tensor in one.state.ema.tensors.items())
+    assert all(torch.equal(tensor, last[name]) for name, tensor in one.state.weights().items())
+
+
+def test_the_best_weights_are_those_of_the_best_measurement(place: Place, tmp_path: Path) -> None:
+    """What it learns by heart are other batches than those it is measured on: the loss there rises."""
+    kept: dict[int, dict[str, torch.Tensor]] = {}
+    options: dict[str, Any] = {"best": BestConfig(metric="val/loss"), "train": {"export": "best"}}
+    other = Place(tmp_path / "uninterrupted")
+    whole = session(other.attempt(1), **options)
+    watched = whole._saves.after_step
+
+    def keep(state: TrainState) -> None:
+        kept[state.step] = {name: tensor.clone() for name, tensor in state.weights().items()}
+        watched(state)
+
+    whole._saves.after_step = keep  # type: ignore[method-assign]
+    whole.run()
+    best = other.read(1, OUTCOME)["best"]
+    assert best["step"] in (8, 16)
+    assert all(torch.equal(tensor, kept[best["step"]][name]) for name, tensor in tensors_of(other, 1, WEIGHTS).items())
+    assert other.read(1, OUTCOME)["metrics"]["test/loss"] == pytest.approx(best["value"])
+    with pytest.raises(Killed):
+        session(place.attempt(1), until=kill_at(18), **options).run()
+    session(place.attempt(2), **options).run()
+    assert place.read(2, OUTCOME)["best"] == best and place.weights(2) == other.weights(1)
+
+
+def test_training_ends_early_when_patience_is_at_its_end_also_after_a_resume(place: Place) -> None:
+    options: dict[str, Any] = {"best": BestConfig(metric="val/loss", patience=1)}
+    session(place.attempt(1), **options).run()
+    outcome = place.read(1, OUTCOME)
+    assert outcome["step"] == 16 and outcome["best"]["step"] == 8 and outcome["measured_images"]["test"] == 14
+    seen: list[int] = []
+    session(place.attempt(2), until=seen.append, **options).run()
+    assert seen == [] and place.read(2, OUTCOME)["step"] == 16 and place.weights(2) == place.weights(1)
+
+
+def spoiled(*steps: int) -> Callable[[int], Batch]:
+    def make(step: int) -> Batch:
+        batch = make_batch(step)
+        return dataclasses.replace(batch, weights=batch.weights * float("nan")) if step in steps else batch
+
+    return make
+
+
+def test_a_step_that_is_not_finite_is_left_out_when_that_is_the_policy(place: Place) -> None:
+    points: list[tuple[str, int]] = []
+    session(place.attempt(1), points, train={"non_finite": "rollback"}, batch_of=spoiled(2, 13)).run()
+    outcome = place.read(1, OUTCOME)
+    assert outcome["left_out"] == [2, 13] and outcome["step"] == STEPS
+    assert all(tensor.isfinite().all() for tensor in tensors_of(place, 1, WEIGHTS).values())
+    assert "step 13 was not finite: back to step 10, and it is left out" in place.read(1, PROGRESS)["notes"]
+    assert [step for key, step in points if key == "train/loss"] == [4, 8, 12, 16, 20]
+
+
+def test_spoiled_weights_are_never_stored(place: Place) -> None:
+    one = session(place.attempt(1), batch_of=spoiled(13))
+    with pytest.raises(TrainingError, match="step 13 is not finite"):
+        one.run()
+    assert max(found.step for found in one._saves._checkpoints.found()) == 10
+
+
+def test_too_many_bad_steps_are_no_accident(place: Place) -> None:
+    one = session(place.attempt(1), train={"non_finite": "rollback"}, batch_of=spoiled(*range(9, 20)))
+    with pytest.raises(TrainingError, match="5 steps were left out before it"):
+        one.run()
+    assert "is not finite" in place.read(1, OUTCOME)["error"]

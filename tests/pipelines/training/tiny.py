@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.batch import Batch
-from pipelines.training.config import AdamW, MuonAdamW, Sgd, TrainConfig
+from pipelines.training.config import AdamW, AnyOptimizer, TrainConfig
 from pipelines.training.loop import LoopConfig
 from pipelines.training.optimizers import build_optimizers
 from pipelines.training.schedules import ScheduleConfig
@@ -70,13 +70,13 @@ def make_batches(start: int, size: int = 8, part: slice = slice(None)) -> Iterat
         step += 1
 
 
-def make_state(optimizer: AdamW | Sgd | MuonAdamW | None = None, dropout: float = 0.1) -> TrainState:
+def make_state(optimizer: AnyOptimizer | None = None, dropout: float = 0.1) -> TrainState:
     torch.manual_seed(7)
     model = TinyModel(dropout)
     return TrainState(model, build_optimizers(model, optimizer or AdamW(peak_lr=1e-2)))
 
 
-def make_config(total_steps: int, optimizer: AdamW | Sgd | MuonAdamW | None = None, **options: object) -> LoopConfig:
+def make_config(total_steps: int, optimizer: AnyOptimizer | None = None, **options: object) -> LoopConfig:
     values = {"log_every_steps": 4, "seed": 3, **options}
     return LoopConfig(
         train=TrainConfig(batch_size=8, total_steps=total_steps),

@@ -1,0 +1,48 @@
+"""What a step minimises: the loss on the labels, and on a teacher's answers where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from pipelines.training.config import TrainConfig
+from pipelines.training.distill import Teacher, teacher_loss
+from pipelines.training.losses import loss_sum
+
+__all__ = ["Objective", "class_weight_tensor"]
+
+
+class Objective:
+    """Sums over samples: divided by `batch_size`, the parts of a batch add up to the same however it is cut."""
+
+    def __init__(
+        self, config: TrainConfig, class_weights: Tensor | None = None, teacher: Teacher | None = None
+    ) -> None:
+        self.config, self.class_weights, self.teacher = config, class_weights, teacher
+
+    def __call__(self, logits: Tensor, labels: Tensor, weights: Tensor, answers: Tensor | None) -> Tensor:
+        """`answers`: the teacher's logits (B, K), None without a teacher."""
+        kind, share = self.config.loss, self.teacher.config.weight if self.teacher is not None else 0.0
+        loss = logits.new_zeros((), dtype=torch.float32)
+        if share < 1:
+            loss = loss_sum(logits, labels, weights, kind, self.config.label_smoothing, self.class_weights)
+        if self.teacher is None or answers is None:
+            return loss
+        return (1.0 - share) * loss + share * teacher_loss(logits, answers, weights, kind, self.teacher.config)
+
+    def answers(self, images: Tensor) -> Tensor | None:
+        return None if self.teacher is None else self.teacher.logits(images, self.config)
+
+
+def class_weight_tensor(given: Mapping[str, float] | None, class_names: Sequence[str]) -> Tensor | None:
+    """(K,) in the order of the classes; a class that is not named weighs 1. Raises ValueError for an unknown name."""
+    if not given:
+        return None
+    if unknown := sorted(given.keys() - set(class_names)):
+        raise ValueError(
+            f"class_weights names {', '.join(unknown)}, which the corpus has not; it has"
+            f" {', '.join(class_names[:10])}{', ...' if len(class_names) > 10 else ''}"
+        )
+    return torch.tensor([given.get(name, 1.0) for name in class_names])

@@ -1,0 +1,42 @@
+"""What settings of a recipe ask of each other. Checked before anything starts. No torch in here."""
+
+from __future__ import annotations
+
+from pipelines.training.config import (
+    AnyOptimizer,
+    MuonAdamW,
+    ParallelConfig,
+    ScheduleFree,
+    TrainConfig,
+    ValidationConfig,
+)
+from pipelines.training.schedules import ScheduleConfig
+
+__all__ = ["check_together"]
+
+
+def check_together(
+    train: TrainConfig,
+    optimizer: AnyOptimizer,
+    schedule: ScheduleConfig,
+    validation: ValidationConfig,
+    parallel: ParallelConfig,
+) -> None:
+    """Raises ValueError with the remedy for the first pair that does not fit."""
+    best = validation.best
+    if train.export == "best" and best is None:
+        raise ValueError("train.export: best needs validation.best; add validation: {best: {}}, or export: last")
+    if best is not None and best.metric.startswith("ema/") and train.ema is None:
+        raise ValueError(f"validation.best.metric={best.metric} needs an average; add train.ema, or take val/top1")
+    if isinstance(optimizer, ScheduleFree):
+        if schedule.decay != "constant" or schedule.cooldown_steps:
+            raise ValueError(
+                f"schedule.decay={schedule.decay} fights optimizer kind: schedule_free, whose average takes the place"
+                " of a decay; set decay: constant without cooldown_steps"
+            )
+        if train.ema is not None:
+            raise ValueError("train.ema averages what optimizer kind: schedule_free averages itself; remove ema")
+    if isinstance(optimizer, MuonAdamW) and parallel.kind != "ddp":
+        raise ValueError(
+            f"optimizer kind: muon needs whole matrices, parallel.kind={parallel.kind} cuts them; use ddp or adamw"
+        )

@@ -1,0 +1,123 @@
+"""`vit gc`: what it takes and, above all, what it leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines import identity, store
+from pipelines.config import RecipeError
+from pipelines.garbage import collect, main, parse_age, sweep
+from pipelines.runs import find
+
+FINISHED, SOURCE, LEFT, YOUNG = ("a" * 64, "b" * 64, "c" * 64, "d" * 64)
+NOW = 1_000_000.0
+
+
+@pytest.fixture(autouse=True)
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIT_ROOT", str(tmp_path / "root"))
+
+
+def put(digest: str, name: str, value: Any) -> str:
+    uri = store.join(identity.runs(), "pretrain", digest, name)
+    store.write_json(uri, value)
+    return uri
+
+
+def finish(digest: str, age: float, **inputs: str) -> None:
+    weights = put(digest, "attempts/2/weights.safetensors", "weights")
+    for name in ("attempts/1/checkpoints/000000010/manifest.json", "attempts/1/checkpoints/000000010/state.json"):
+        put(digest, name, {})
+    put(digest, "attempts/1/initial.safetensors", "copy")
+    put(digest, "attempts/2/outcome.json", {})
+    put(digest, "lease.json", {"expires": 0.0, "attempt": 2, "token": "", "host": "h", "pid": 1, "started": 0.0})
+    record = {"started": NOW - age - 10, "seconds": 10.0, "identity": {"inputs": inputs}, "recipe": {}}
+    put(digest, "result.json", {**record, "result": {"uri": weights, "metrics": {}}})
+
+
+def leave(digest: str, age: float) -> None:
+    put(digest, "lease.json", {"expires": 0.0, "attempt": 3, "token": "", "host": "h", "pid": 1, "started": 0.0})
+    put(digest, "attempts/3/progress.json", {"step": 5, "time": NOW - age})
+    put(digest, "attempts/3/checkpoints/000000005/manifest.json", {})
+
+
+def kinds(
+    older_than: float = 100.0, results: bool = False, named: set[str] | None = None
+) -> dict[str, tuple[str, set[str]]]:
+    found = collect(find(), named or set(), older_than, results, now=NOW)
+    return {one.run.digest: (one.kind, {uri.removeprefix(one.run.place + "/") for uri in one.uris}) for one in found}
+
+
+def test_of_a_finished_run_only_what_its_result_does_not_need_is_spent() -> None:
+    finish(FINISHED, age=200)
+    finish(YOUNG, age=50)
+    spent = {
+        "attempts/1/checkpoints/000000010/manifest.json",
+        "attempts/1/checkpoints/000000010/state.json",
+        "attempts/1/initial.safetensors",
+    }
+    assert kinds() == {FINISHED: ("spent", spent)}
+
+
+def test_an_abandoned_run_keeps_its_attempt_number_alone() -> None:
+    leave(LEFT, age=200)
+    leave(YOUNG, age=50)
+    (digest,) = kinds()
+    assert digest == LEFT and kinds()[LEFT][0] == "abandoned" and "lease.json" not in kinds()[LEFT][1]
+
+
+def test_what_a_version_or_another_result_names_is_no_result_to_free() -> None:
+    finish(SOURCE, age=300)
+    finish(FINISHED, age=200, weights=SOURCE)
+    found = kinds(results=True)
+    assert found[SOURCE][0] == "spent" and found[FINISHED][0] == "unnamed"
+    assert "result.json" in found[FINISHED][1] and "attempts/2/weights.safetensors" in found[FINISHED][1]
+    assert kinds(results=True, named={FINISHED})[FINISHED][0] == "spent"
+
+
+def test_a_running_run_and_one_of_unknown_age_stay() -> None:
+    leave(LEFT, age=200)
+    put(YOUNG, "attempts/1/checkpoints/000000005/manifest.json", {})
+    with identity.lease(store.join(identity.runs(), "pretrain", LEFT, "lease.json"), "pretrain"):
+        assert kinds() == {}
+
+
+def test_what_is_swept_is_gone_and_the_rest_stands() -> None:
+    finish(FINISHED, age=200)
+    (one,) = collect(find(), set(), 100.0, False, now=NOW)
+    sweep(one)
+    assert kinds() == {}
+    left = {item.uri.rpartition(FINISHED + "/")[2] for item in store.list_objects(identity.runs())}
+    assert left == {"lease.json", "result.json", "attempts/2/outcome.json", "attempts/2/weights.safetensors"}
+
+
+def test_a_run_that_has_ended_meanwhile_is_left_alone() -> None:
+    leave(LEFT, age=200)
+    (one,) = collect(find(), set(), 100.0, False, now=NOW)
+    finish(LEFT, age=0)
+    sweep(one)
+    assert store.exists(store.join(identity.runs(), "pretrain", LEFT, "attempts/3/progress.json"))
+
+
+def test_a_dry_run_deletes_nothing_and_says_how_much(capsys: pytest.CaptureFixture[str]) -> None:
+    finish(FINISHED, age=200)  # In January 1970.
+    before = [item.uri for item in store.list_objects(identity.runs())]
+    assert main(["--older-than", "1h", "--dry-run"]) == 0
+    assert "would free" in capsys.readouterr().out
+    assert [item.uri for item in store.list_objects(identity.runs())] == before
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("36h", 129_600), ("30d", 2_592_000), ("0.5d", 43_200), ("2w", 1_209_600)]
+)
+def test_ages(text: str, seconds: float) -> None:
+    assert parse_age(text) == seconds
+
+
+@pytest.mark.parametrize("words", [[], ["--older-than"], ["--older-than", "soon"], ["--all"]])
+def test_a_wrong_command_is_refused(words: list[str]) -> None:
+    with pytest.raises(RecipeError, match=r"vit gc takes|is no age"):
+        main(words)

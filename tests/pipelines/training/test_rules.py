@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pipelines.config import RecipeError, from_dict
+from pipelines.identity import deciding_fields
+from pipelines.pretrain import PretrainRecipe
+from pipelines.training.rules import check_together
+
+BASE: dict[str, Any] = {"corpus": "c", "model": {"variant": "Ti/16"}, "train": {"batch_size": 16, "total_steps": 60}}
+
+
+def recipe(**changes: Any) -> PretrainRecipe:
+    values = {**BASE, **{name: {**BASE.get(name, {}), **value} for name, value in changes.items()}}
+    return from_dict(PretrainRecipe, values)
+
+
+def check(given: PretrainRecipe) -> None:
+    check_together(given.train, given.optimizer, given.schedule, given.validation, given.parallel)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"train": {"export": "best"}}, "export: best needs validation.best"),
+        ({"validation": {"best": {"metric": "ema/top1"}}}, "needs an average; add train.ema"),
+        ({"optimizer": {"kind": "schedule_free"}}, "set decay: constant"),
+        (
+            {"optimizer": {"kind": "schedule_free"}, "schedule": {"decay": "constant"}, "train": {"ema": {}}},
+            "averages what optimizer kind: schedule_free averages itself",
+        ),
+        ({"optimizer": {"kind": "muon"}, "parallel": {"kind": "fsdp"}}, "needs whole matrices"),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_refused_with_the_remedy(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        check(recipe(**changes))
+    check(recipe())
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"train": {"export": "ema"}}, "export: ema needs an average"),
+        ({"train": {"per_device_batch_size": 0}}, "give 1 or more, or auto"),
+        ({"train": {"per_device_batch_size": "most"}}, "per_device_batch_size"),
+        ({"train": {"ema": {"decay": 1.0}}}, "decay=1.0 is outside"),
+        ({"train": {"class_weights": {"a": -1.0}}}, "class_weights.a=-1.0"),
+        ({"validation": {"best": {"patience": 0}}}, "patience=0"),
+        ({"validation": {"best": {}, "every_epochs": 3.0}}, "no effect beside best.every_epochs"),
+        ({"parallel": {"replicas": 2}}, "replicas=2 has no effect with kind: ddp"),
+        ({"distill": {"teacher": "t", "target": "hard", "temperature": 2.0}}, "no effect with target: hard"),
+        ({"workers": {"hang_seconds": 0}}, "hang_seconds=0"),
+    ],
+)
+def test_a_value_that_cannot_be_meant_is_refused(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        recipe(**changes)
+    assert text in str(error.value)
+
+
+def test_how_a_run_is_done_decides_nothing_and_what_it_learns_from_does() -> None:
+    base = deciding_fields(recipe())
+    how = recipe(
+        train={
+            "per_device_batch_size": "auto",
+            "compile": True,
+            "activation_checkpointing": True,
+            "non_finite": "rollback",
+        },
+        parallel={"kind": "hsdp", "replicas": 2},
+        workers={"hang_seconds": None},
+    )
+    assert deciding_fields(how) == base
+    for what in (
+        {"train": {"ema": {}}},
+        {"train": {"precision": "bf16_pure"}},
+        {"train": {"class_weights": {"a": 2.0}}},
+        {"optimizer": {"kind": "adamw", "layer_decay": 0.75}},
+        {"validation": {"best": {}}},
+        {"distill": {"teacher": "t"}},
+    ):
+        assert deciding_fields(recipe(**what)) != base
