@@ -5,19 +5,21 @@ Usable in a Ray Train worker, in a plain script, and without Ray (`ReaderConfig(
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from pipelines.config import Strict, how
 from pipelines.reader import order as law
+from pipelines.reader.assemble import RowSource
 from pipelines.reader.augment import AugmentConfig
 from pipelines.reader.fetch import PageSpan
 from pipelines.reader.order import Order, OrderError, PageRows, Window, lanes_of_rank
 from pipelines.reader.rows import Item, Job
-from pipelines.reader.stream import BatchStream, ReaderStats, RowSource
+from pipelines.reader.stream import BatchStream, ReaderStats
 
 if TYPE_CHECKING:
     from pipelines.corpus.manifest import Corpus, Pages
@@ -43,13 +45,21 @@ class ReaderConfig(Strict):
     on_bad: Literal["mask", "fail"] = "mask"  # A bad image: weight 0 and counted, or an error
     max_bad_fraction: float = how(default=0.05)  # mask: more bad images than this stop the run
     num_cpus: float = how(default=1.0)  # ray: CPU share of one read task; below 1 on small machines
-    num_threads: int = how(default=2)  # local: decoding threads
+    decode: Literal["auto", "tasks", "here"] = how(
+        default="auto"
+    )  # ray: in the read tasks, or on threads of the process that trains; auto: docs/reader.md says when
+    num_threads: int | None = how(default=None)  # Decoding threads of a process that trains; null: its share of CPUs
+    ahead: int = how(default=2)  # Steps that are made before they are asked for
 
     def __post_init__(self) -> None:
-        if self.num_cpus <= 0 or self.num_threads < 1:
+        if self.num_cpus <= 0 or (self.num_threads is not None and self.num_threads < 1):
             raise ValueError(
                 f"num_cpus={self.num_cpus}, num_threads={self.num_threads}: reading needs more than 0 and at least 1"
             )
+        if self.ahead < 1:
+            raise ValueError(f"ahead={self.ahead}: at least the step that is asked for must be made; 2 is usual")
+        if self.backend == "local" and self.decode == "tasks":
+            raise ValueError("decode=tasks has no effect with backend=local, which has no tasks; remove one")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction={self.max_bad_fraction} is not a fraction from 0 to 1")
 
@@ -88,14 +98,15 @@ def train_batches(
     locate = _Pages(corpus, pages)
     items = (locate.item(window) for window in order.windows(mine, start_step, total_steps))
     job = Job(seed, spec, augment, len(corpus.class_names), reader.on_bad)
-    return BatchStream(
-        _rows(reader, job, items, world_size),
+    return _stream(
+        reader,
+        job,
+        items,
         mine,
-        job.shape,
+        world_size,
         rows_per_lane=order.rows_per_step,
         start_step=start_step,
         stop_step=total_steps,
-        max_bad_fraction=reader.max_bad_fraction,
     )
 
 
@@ -125,26 +136,43 @@ def eval_batches(
     longest = -(-total // world_size)
     locate = _Pages(corpus, pages)
     job = Job(0, spec, None, len(corpus.class_names), reader.on_bad)
-    return BatchStream(
-        _rows(reader, job, locate.slice(ends, begin, end), world_size),
+    return _stream(
+        reader,
+        job,
+        locate.slice(ends, begin, end),
         [0],
-        job.shape,
+        world_size,
         rows_per_lane=size,
         start_step=0,
         stop_step=-(-longest // size),
         num_rows=end - begin,
-        max_bad_fraction=reader.max_bad_fraction,
     )
 
 
-def _rows(reader: ReaderConfig, job: Job, items: Iterator[Item], world_size: int) -> RowSource:
+def _stream(
+    reader: ReaderConfig, job: Job, items: Iterator[Item], lanes: Sequence[int], world_size: int, **steps: Any
+) -> BatchStream:
+    rows: RowSource
     if reader.backend == "local":
         from pipelines.reader.threads import read_in_threads
 
-        return read_in_threads(job, items, reader.num_threads)
-    from pipelines.reader.executions import RayRows
+        rows, decodes_here = read_in_threads(job, items), True
+    else:
+        from pipelines.reader.executions import RayRows
+        from pipelines.reader.executions import decodes_here as chosen
 
-    return RayRows(job, items, reader.num_cpus, world_size)
+        decodes_here = chosen(job) if reader.decode == "auto" else reader.decode == "here"
+        rows = RayRows(job, items, reader.num_cpus, world_size, decode=not decodes_here)
+    return BatchStream(
+        rows,
+        lanes,
+        job.shape,
+        job=job if decodes_here else None,
+        num_threads=reader.num_threads or max(1, (os.cpu_count() or 1) // world_size),
+        ahead=reader.ahead,
+        max_bad_fraction=reader.max_bad_fraction,
+        **steps,
+    )
 
 
 class _Pages:
