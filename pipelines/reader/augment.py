@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.config import Strict
+from pipelines.reader.levels import LAYERS, MAGNITUDE, Level, Policy, check_changes
 from pipelines.reader.philox import image_bits, uniform
 
 __all__ = ["AugmentConfig", "Boxes", "crop_boxes", "flips", "shifts"]
@@ -24,7 +25,7 @@ _USED_BY = {"inception": ("min_area", "max_area", "min_aspect", "max_aspect"), "
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AugmentConfig(Strict):
-    """Training-time crop and flip; evaluation never uses it."""
+    """What training does to an image; evaluation never uses it. Crop and flip while reading, the rest on the device."""
 
     crop: Literal["inception", "random", "none"] = "inception"  # inception | random (shifted by padding) | none
     flip: bool = True  # Mirror left and right, p = 0.5; False where direction has a meaning (digits, text).
@@ -33,6 +34,13 @@ class AugmentConfig(Strict):
     min_aspect: float = 0.75  # inception: width / height, at least
     max_aspect: float = 4 / 3  # inception: width / height, at most
     padding: int = 4  # random: black border in output pixels, through which the image is shifted
+    preset: Level | None = None  # A level of AugReg by name; sets policy, layers, magnitude and mixup.
+    policy: Policy = "none"  # randaugment | three (DeiT III: grey, solarize or blur) | none
+    layers: int = LAYERS  # randaugment: operations on each image
+    magnitude: float = MAGNITUDE  # randaugment: strength of all of them, of 10
+    color_jitter: float = 0.0  # Brightness, contrast, saturation: factors uniform in 1 - j .. 1 + j; 0: none
+    mixup: float = 0.0  # Alpha of the Beta distribution of shares; 0: none
+    cutmix: float = 0.0  # The same for pasted boxes; with both, each lane of a step tosses a coin.
 
     def __post_init__(self) -> None:
         if not 0 < self.min_area <= self.max_area <= 1:
@@ -57,6 +65,7 @@ class AugmentConfig(Strict):
                 raise ValueError(
                     f"{', '.join(changed)} has no effect with crop={self.crop}; set crop={owner} or remove it"
                 )
+        check_changes(self)
 
 
 @dataclass(frozen=True, slots=True)

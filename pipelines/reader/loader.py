@@ -16,7 +16,9 @@ from pipelines.config import Strict, how
 from pipelines.reader import order as law
 from pipelines.reader.assemble import RowSource
 from pipelines.reader.augment import AugmentConfig
+from pipelines.reader.device import DeviceBatches
 from pipelines.reader.fetch import PageSpan
+from pipelines.reader.levels import changes_of
 from pipelines.reader.order import Order, OrderError, PageRows, Window, lanes_of_rank
 from pipelines.reader.rows import Item, Job
 from pipelines.reader.stream import BatchStream, ReaderStats
@@ -28,8 +30,10 @@ if TYPE_CHECKING:
 __all__ = [
     "AugmentConfig",
     "BatchStream",
+    "DeviceBatches",
     "ReaderConfig",
     "ReaderStats",
+    "changes_of",
     "choose_lanes",
     "eval_batches",
     "train_batches",
@@ -85,8 +89,12 @@ def train_batches(
     window_pages: int = 4,
     max_workers: int | None = None,
     reader: ReaderConfig | None = None,
+    pinned: bool = False,
 ) -> BatchStream:
-    """This rank's part of each step from start_step to total_steps; batch_size counts all ranks."""
+    """This rank's part of each step from start_step to total_steps; batch_size counts all ranks.
+
+    `pinned`: images in page-locked memory, from which a GPU copies by itself. `DeviceBatches` takes it from there.
+    """
     reader = reader or ReaderConfig()
     pages = corpus.pages(split)
     lanes = choose_lanes(pages, batch_size, max_workers, lanes)
@@ -107,6 +115,7 @@ def train_batches(
         rows_per_lane=order.rows_per_step,
         start_step=start_step,
         stop_step=total_steps,
+        pinned=pinned,
     )
 
 
@@ -119,6 +128,7 @@ def eval_batches(
     rank: int = 0,
     world_size: int = 1,
     reader: ReaderConfig | None = None,
+    pinned: bool = False,
 ) -> BatchStream:
     """Every sample exactly once, in manifest order: a contiguous slice per rank, padded with weight 0.
 
@@ -146,6 +156,7 @@ def eval_batches(
         start_step=0,
         stop_step=-(-longest // size),
         num_rows=end - begin,
+        pinned=pinned,
     )
 
 
