@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from pipelines.reader.augment import AugmentConfig
 from pipelines.reader.decode import decode_for_evaluation, decode_for_training
+from pipelines.reader.engines import Engine, require
 from pipelines.reader.fetch import PageSpan, fetch
 from pipelines.reader.order import permutation
 from pipelines.reader.tar import TarSample, walk
@@ -44,6 +45,7 @@ class Job:
     augment: AugmentConfig | None  # None: the evaluation path.
     num_classes: int
     on_bad: Literal["mask", "fail"] = "mask"
+    engine: Engine | None = None  # Training: what decodes, here and on every node; None: the wheels, unchecked.
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -105,6 +107,8 @@ class _Sample:
 def read_item(job: Job, item: Item) -> Iterator[Rows]:
     """Fetch the window's pages, walk them, and decode the rows still to come, a few megabytes at a time."""
     started = time.thread_time()
+    if job.engine is not None:
+        require(job.engine.name, job.engine.pixels)
     pages = fetch(item.pages)
     samples: list[_Sample] = []
     ids: list[NDArray[np.int64]] = []
@@ -145,6 +149,7 @@ def _decode(job: Job, item: Item, k: int, samples: list[_Sample], sample_ids: ND
             seed=job.seed,
             epoch=item.epoch,
             out=images,
+            engine=job.engine.name if job.engine else "wheels",
         )
     texts = [sample.fault for sample in samples]
     for i, (reason, text) in faults.items():
