@@ -142,19 +142,10 @@ def contestants(inputs: dict[str, Any], stored: dict[str, Any] | None, only: lis
 
 
 def best_engine() -> str:
-    """The decode engine that the reader would choose here."""
-    import typing
+    """The decode engine that the reader chooses here."""
+    from pipelines.reader.engines import choose
 
-    from pipelines.reader.loader import ReaderConfig
-
-    known = typing.get_args(typing.get_type_hints(ReaderConfig)["engine"])
-    if "native" in known:
-        with contextlib.suppress(ImportError):
-            from pipelines.reader.decode import native_is_available
-
-            if native_is_available():
-                return "native"
-    return "wheels"
+    return choose("auto").name
 
 
 def plan_cost(images: int, page_rows: int = 20) -> dict[str, float]:

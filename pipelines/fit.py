@@ -25,6 +25,7 @@ from pipelines.training.schedules import ScheduleConfig
 
 if TYPE_CHECKING:
     from pipelines.corpus.manifest import Corpus
+    from pipelines.reader.engines import Engine
     from pipelines.tracking.run import Run
     from pipelines.training.watch import Outcome
     from vit_model import InputSpec, ModelConfig
@@ -126,10 +127,12 @@ def train_model(
     lanes = choose_lanes(corpus.pages(recipe.split), batch_size, max(2, num_workers), recipe.lanes)
     free = float(ray.cluster_resources().get("CPU", 1.0)) - num_workers * recipe.workers.cpus
     # Each rank reads by itself; on a small machine their read tasks must fit beside each other.
-    reader = replace(recipe.reader, num_cpus=max(0.05, min(recipe.reader.num_cpus, free / num_workers)))
+    engine = _engine(recipe.reader.engine, attempt, run_id)
+    num_cpus = max(0.05, min(recipe.reader.num_cpus, free / num_workers))
+    reader = replace(recipe.reader, num_cpus=num_cpus, engine=engine.name)
     job = TrainJob(
         attempt=attempt,
-        first_attempt=attempt.number if identity.AGAIN.get() else 1,
+        first_attempt=_first_attempt(attempt),
         run_id=run_id,
         corpus=corpus.reference,
         split=recipe.split,
@@ -150,6 +153,7 @@ def train_model(
         schedule=recipe.schedule,
         augment=recipe.augment,
         reader=reader,
+        engine=engine,
         validation=recipe.validation,
         checkpoint=recipe.checkpoint,
         workers=recipe.workers,
@@ -161,6 +165,28 @@ def train_model(
         f"{parameters:,} parameters; {identity.code_origin()}"
     )
     return launch(job, num_workers, use_gpu)
+
+
+def _first_attempt(attempt: Attempt) -> int:
+    """Checkpoints of earlier attempts are ignored with `--again`."""
+    return attempt.number if identity.AGAIN.get() else 1
+
+
+def _engine(wanted: Literal["auto", "wheels", "native"], attempt: Attempt, run_id: str | None) -> Engine:
+    """What decodes: the engine of the checkpoint that will be resumed, else the recipe's choice; on all nodes."""
+    from pipelines.reader.engines import check_nodes, choose
+    from pipelines.tracking.run import Run
+    from pipelines.training.checkpoint import Checkpoints
+
+    order = Checkpoints(attempt, first_attempt=_first_attempt(attempt)).newest_state().get("order", {})
+    engine = choose(wanted, order.get("engine"))
+    check_nodes(engine)
+    say(f"{attempt.stage}: images are decoded by {engine}")
+    if run_id is not None:
+        run = Run.attach(run_id, attempt)
+        run.set_tags({"vit.engine": str(engine)})
+        run.close()
+    return engine
 
 
 def metrics_of(outcome: Outcome) -> dict[str, float]:

@@ -87,13 +87,12 @@ def raw_threads(tars: list[str], engine: str) -> Round:
         files += [data[at : at + size] for sample in samples for at, size in [sample.members["jpg"]]]
     pool = ThreadPoolExecutor(CORES)
     rng = np.random.default_rng(0)
-    extra = {} if engine == "wheels" else {"engine": engine}
 
     def decode(ids: np.ndarray) -> torch.Tensor:
         out = np.empty((BATCH, 3, SIDE, SIDE), np.uint8)
         chosen = [files[i] for i in ids]
         faults = decode_for_training(
-            chosen, np.arange(BATCH), ids, spec=spec, augment=augment, seed=0, epoch=0, out=out, **extra
+            chosen, np.arange(BATCH), ids, spec=spec, augment=augment, seed=0, epoch=0, out=out, engine=engine
         )
         assert not faults
         return torch.from_numpy(out)

@@ -15,8 +15,9 @@ from pipelines.config import Strict
 from pipelines.reader.levels import LAYERS, MAGNITUDE, Level, Policy, check_changes
 from pipelines.reader.philox import image_bits, uniform
 
-__all__ = ["AugmentConfig", "Boxes", "crop_boxes", "flips", "shifts"]
+__all__ = ["AugmentConfig", "Boxes", "crop_boxes", "dct_crops", "flips", "shifts"]
 
+DCT_SCALES = (8, 4, 2)  # Powers of two alone have fast inverse transforms.
 CROP_TRIES = 10  # With the paper's ranges a try fails only for images longer than about 1 : 15.
 FLIP_STREAM, SHIFT_STREAM, CROP_STREAM = 0, 1, 16  # Crop try i draws from stream CROP_STREAM + i.
 
@@ -111,6 +112,22 @@ def crop_boxes(
         if not len(todo):
             break
     return boxes  # What is left keeps the whole image, as in TensorFlow.
+
+
+def dct_crops(
+    boxes: Boxes, width: int, height: int, has_scales: NDArray[np.bool_] | Literal[True] = True
+) -> NDArray[np.int64]:
+    """(n, 5): scale, and x, y, width and height in pixels of the image decoded at 1 / scale.
+
+    A JPEG can be decoded at 1/2, 1/4 and 1/8 for less; the scale is the smallest image that still has a pixel for every
+    pixel of the model's width x height. Where has_scales is False it is 1. A scaled box is widened to whole pixels.
+    """
+    scale = np.ones_like(boxes.x)
+    for factor in reversed(DCT_SCALES):
+        scale[has_scales & (boxes.width >= factor * width) & (boxes.height >= factor * height)] = factor
+    x, y = boxes.x // scale, boxes.y // scale
+    right, bottom = -(-(boxes.x + boxes.width) // scale), -(-(boxes.y + boxes.height) // scale)
+    return np.stack([scale, x, y, right - x, bottom - y], axis=1)
 
 
 def _crop_sizes(

@@ -23,6 +23,7 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from pipelines.reader.blocks import rows_of_table, table_of_pixels, tables_of_files
+from pipelines.reader.engines import EngineError
 from pipelines.reader.fetch import FetchError
 from pipelines.reader.order import OrderError
 from pipelines.reader.rows import PIECE_BYTES, Item, Job, Rows, SampleError, read_decoded, read_files
@@ -222,7 +223,7 @@ def _own_error(error: BaseException) -> BaseException:
     seen: BaseException | None = error
     while seen is not None:
         for candidate in (getattr(seen, "cause", None), seen):  # RayTaskError keeps the worker's error as its cause.
-            for kind in (FetchError, SampleError):
+            for kind in (FetchError, SampleError, EngineError):
                 if isinstance(candidate, kind):
                     return kind(str(candidate).partition("\n")[0])  # Ray adds advice about retries in more lines.
         seen = seen.__cause__

@@ -17,6 +17,7 @@ from pipelines.reader import order as law
 from pipelines.reader.assemble import RowSource
 from pipelines.reader.augment import AugmentConfig
 from pipelines.reader.device import DeviceBatches
+from pipelines.reader.engines import choose
 from pipelines.reader.fetch import PageSpan
 from pipelines.reader.levels import changes_of
 from pipelines.reader.order import Order, OrderError, PageRows, Window, lanes_of_rank
@@ -42,10 +43,10 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReaderConfig(Strict):
-    """How images are read. Neither field but `engine` and `on_bad` changes what is read."""
+    """How images are read. No field but `on_bad` changes what is read: engines whose pixels differ are refused."""
 
     backend: Literal["ray", "local"] = how(default="ray")  # ray: any CPU of the cluster; local: threads of this process
-    engine: Literal["wheels"] = "wheels"  # Decoder; decides the pixels
+    engine: Literal["auto", "wheels", "native"] = how(default="auto")  # Decoder; auto: native where it was built
     on_bad: Literal["mask", "fail"] = "mask"  # A bad image: weight 0 and counted, or an error
     max_bad_fraction: float = how(default=0.05)  # mask: more bad images than this stop the run
     num_cpus: float = how(default=1.0)  # ray: CPU share of one read task; below 1 on small machines
@@ -105,7 +106,7 @@ def train_batches(
     mine = lanes_of_rank(lanes, rank, world_size)
     locate = _Pages(corpus, pages)
     items = (locate.item(window) for window in order.windows(mine, start_step, total_steps))
-    job = Job(seed, spec, augment, len(corpus.class_names), reader.on_bad)
+    job = Job(seed, spec, augment, len(corpus.class_names), reader.on_bad, choose(reader.engine))
     return _stream(
         reader,
         job,

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pipelines.reader.augment import AugmentConfig
 from pipelines.reader.buffers import Buffers
 from pipelines.reader.decode import decode_for_evaluation, decode_for_training
+from pipelines.reader.engines import Engine, require
 from pipelines.reader.fetch import PageSpan, fetch
 from pipelines.reader.order import permutation
 from pipelines.reader.pages import Sample, SampleError, samples_of_page
@@ -41,6 +42,7 @@ class Job:
     augment: AugmentConfig | None  # None: the evaluation path.
     num_classes: int
     on_bad: Literal["mask", "fail"] = "mask"
+    engine: Engine | None = None  # Training: what decodes, here and on every node; None: the wheels, unchecked.
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -139,7 +141,9 @@ def read_files(job: Job, item: Item) -> Rows:
 
 
 def read_decoded(job: Job, item: Item) -> Iterator[Rows]:
-    """The same rows as pixels, a few megabytes at a time."""
+    """The same rows as pixels, a few megabytes at a time. Raises what `engines.require` does."""
+    if job.engine is not None:
+        require(job.engine.name, job.engine.pixels)
     files = read_files(job, item)
     together = max(1, min(ROWS_TOGETHER, PIECE_BYTES // job.image_bytes))
     for first in range(0, len(files), together):
@@ -179,7 +183,15 @@ def decode_into(
         else:
             ids = np.concatenate([part.sample_ids for part in same])[good]
             new = decode_for_training(
-                data, where[good], ids, spec=job.spec, augment=job.augment, seed=job.seed, epoch=epoch, out=images
+                data,
+                where[good],
+                ids,
+                spec=job.spec,
+                augment=job.augment,
+                seed=job.seed,
+                epoch=epoch,
+                out=images,
+                engine=job.engine.name if job.engine else "wheels",
             )
         for place, (reason, text) in new.items():
             texts[back[place]] = f"{reason}: {names[back[place]]}: {text}"

@@ -106,7 +106,8 @@ class Session:
         if attempt:
             loaded = loaded or self._checkpoints.at(attempt, step)
             lanes = loaded.state["order"]["lanes"]
-            if {**self._order, "lanes": lanes} != loaded.state["order"]:
+            engine = {name: key for name, key in self._order.items() if name == "engine"}  # Old checkpoints name none.
+            if {**self._order, "lanes": lanes} != {**engine, **loaded.state["order"]}:
                 raise TrainingError(f"{loaded.found.uri} was made with another order of images; use --again")
             self._order["lanes"] = lanes
             self.state.load(loaded.tensors, loaded.found.step)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pipelines import store
 from pipelines.identity import Attempt
 from pipelines.progress import progress
+from pipelines.reader.engines import Engine
 from pipelines.reader.loader import AugmentConfig, ReaderConfig
 from pipelines.training.config import (
     Adam,
@@ -74,6 +75,7 @@ class TrainJob:
     schedule: ScheduleConfig
     augment: AugmentConfig
     reader: ReaderConfig
+    engine: Engine  # What decodes, on every node and after every resume.
     validation: ValidationConfig
     checkpoint: CheckpointConfig
     workers: WorkerConfig
@@ -104,6 +106,7 @@ def build_session(job: TrainJob, ranks: Any) -> Session:
     import torch
 
     from pipelines.corpus.manifest import open_corpus
+    from pipelines.reader.engines import require
     from pipelines.reader.loader import eval_batches, train_batches
     from pipelines.training.loop import LoopConfig
     from pipelines.training.optimizers import build_optimizers
@@ -111,6 +114,7 @@ def build_session(job: TrainJob, ranks: Any) -> Session:
     from pipelines.training.state import TrainState
     from vit_model import normalize, save_weights
 
+    require(job.engine.name, job.engine.pixels)
     corpus = open_corpus(job.corpus)
     model = build_initial(job).to(ranks.device)
     batch_size = job.validation.batch_size // ranks.world_size * ranks.world_size or ranks.world_size
@@ -165,6 +169,7 @@ def build_session(job: TrainJob, ranks: Any) -> Session:
                 "seed": job.seed,
                 "batch_size": job.train.batch_size,
                 "lanes": job.lanes,
+                "engine": job.engine.key,
             },
             checkpoint=job.checkpoint,
             num_classes=len(corpus.class_names),
