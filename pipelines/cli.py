@@ -183,6 +183,12 @@ def _why(arguments: list[str], flags: Flags) -> int:
     return why_main(arguments, ensure_stack, _demo_values)
 
 
+def _inspect_batch(arguments: list[str], flags: Flags) -> int:
+    from pipelines.inspect_batch import main as inspect_main
+
+    return inspect_main(arguments, ensure_stack)
+
+
 def _schedule(arguments: list[str], flags: Flags) -> int:
     from infra.endpoints import current
     from pipelines.workflow.schedules import main as schedule_main
@@ -237,6 +243,11 @@ VERBS: dict[str, Verb] = {
         "[STAGE] RECIPE [--dotted.flag VALUE ...] | WORKFLOW",
         "finished, running or missing, and which fields differ from the nearest former run",
         _why,
+    ),
+    "inspect-batch": Verb(
+        "[STAGE] RECIPE [--step N] [--images N] [--output FILE] [--dotted.flag VALUE ...]",
+        "a picture of what the model will see, with labels and weights",
+        _inspect_batch,
     ),
     "submit": Verb(
         "[--working-dir DIR] STAGE RECIPE [--dotted.flag VALUE ...]",
@@ -297,13 +308,13 @@ def _say_help() -> None:
     groups = {
         "start here": ["demo", *INFRA],
         "stages: vit VERB RECIPE [--dotted.flag VALUE ...]": list(STAGES),
-        "together": ["run", "why", "submit", "schedule", "recipes"],
+        "together": ["run", "why", "inspect-batch", "submit", "schedule", "recipes"],
     }
     _write("usage: vit VERB ...\n\nPretrain, fine-tune and ship Vision Transformers on your own image corpus.")
     for title, verbs in groups.items():
         _write(f"\n{title}")
         for verb in verbs:
-            _write(f"  {verb:<9} {VERBS[verb].help}")
+            _write(f"  {verb:<13} {VERBS[verb].help}")
     _write(
         "\nA RECIPE is a YAML path or the name of a packaged recipe (`vit recipes`); `vit VERB RECIPE --help` shows its"
         "\nfields. A finished stage is not computed again: its result is reused; --again recomputes."

@@ -70,7 +70,8 @@ def allowed(path: Path, module: str) -> bool:
         case "workflow":
             return below(module, "pipelines.workflow")
         case "cli":
-            return below(module, "pipelines.cli", "pipelines.workflow", "pipelines.why", "pipelines.demo")
+            lazily = ("pipelines.why", "pipelines.demo", "pipelines.inspect_batch")
+            return below(module, "pipelines.cli", "pipelines.workflow", *lazily)
     return stage_or_join  # Stages join the parts.
 
 

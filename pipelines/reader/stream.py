@@ -9,15 +9,21 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import get_args
 
 from pipelines.batch import Batch
 from pipelines.reader.assemble import Assembler, RowSource, Step
 from pipelines.reader.rows import Job, SampleError
 
-__all__ = ["BatchStream", "ReaderStats"]
+__all__ = ["REASONS", "BatchStream", "ReaderStats"]
 
 log = logging.getLogger(__name__)
 
+# Why a sample can be bad besides its image: its members, the tar around it.
+REASONS = (
+    *("missing_image", "missing_label", "bad_label"),
+    *("tar_checksum", "tar_duplicate", "tar_header", "tar_truncated", "tar_unsafe"),
+)
 FAULTS_TOLD = 3  # Log lines per reason; the rest is only counted.
 FEWEST_JUDGED = 1000  # The bad fraction of fewer images than these says little.
 
@@ -32,6 +38,12 @@ class ReaderStats:
     bytes: int = 0
     wait_seconds: float = 0.0  # Time in which the consumer waited for a batch.
     read_cpu_seconds: float = 0.0  # CPU time of fetching and decoding, over all workers.
+
+    def by_reason(self) -> dict[str, int]:
+        """Bad samples of every reason there is, in a fixed order: ranks can add them up."""
+        from vit_model.decode import Reason
+
+        return {reason: self.bad[reason] for reason in (*get_args(Reason), *REASONS)}
 
     def as_metrics(self) -> dict[str, float]:
         """Flat numbers for telemetry."""

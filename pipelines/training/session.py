@@ -8,11 +8,13 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from pipelines import identity, store
 from pipelines.batch import Batch
@@ -60,11 +62,15 @@ class Session:
         test: Callable[[], Batches] | None,
         open_log: OpenLog,
         export: Callable[[Path], None],
+        bad_samples: Callable[[], Mapping[str, int]] | None = None,
     ) -> None:
-        """`training(start_step, lanes)`, `validation()`, `test()` open this rank's batches; `export` writes weights."""
+        """`training(start_step, lanes)`, `validation()`, `test()` open this rank's batches; `export` writes weights.
+
+        `bad_samples`: this rank's count so far of each reason, the same reasons in the same order on every rank.
+        """
         self.config, self.state, self.ranks = config, state, ranks
         self._prepare, self._training, self._export = prepare, training, export
-        self._validation, self._test = validation, test
+        self._validation, self._test, self._bad_samples = validation, test, bad_samples
         self._checkpoints = Checkpoints(config.attempt, config.checkpoint.keep, config.first_attempt)
         self._saver = AsyncSaver(self._checkpoints, self._committed)
         self._reporter = Reporter(config.attempt.uri, open_log) if ranks.rank == 0 else None
@@ -176,10 +182,19 @@ class Session:
         steps, self._window_step = step - self._window_step, step
         self._seconds += steps * metrics["time/step"]
         self._images += steps * self.config.loop.train.batch_size
+        metrics |= self._bad_by_reason()
         self._latest.update(metrics)
         if self._reporter is not None:
             self._reporter.log({key: value for key, value in metrics.items() if key != "eta_seconds"}, step)
             self._reporter.progress(step=step, metrics=metrics)
+
+    def _bad_by_reason(self) -> dict[str, float]:
+        """Bad samples since this start, summed over ranks. Collective."""
+        if self._bad_samples is None:
+            return {}
+        counts = self._bad_samples()
+        total = self.ranks.sum(torch.tensor(list(counts.values()), dtype=torch.float64, device=self.ranks.device))
+        return {f"data/bad/{reason}": count for reason, count in zip(counts, total.tolist(), strict=True) if count}
 
     def _validate(self, step: int) -> None:
         last = step >= self.config.loop.total_steps

@@ -107,7 +107,7 @@ def build_session(job: TrainJob, ranks: Any) -> Session:
 
     from pipelines.corpus.manifest import open_corpus
     from pipelines.reader.engines import require
-    from pipelines.reader.loader import eval_batches, train_batches
+    from pipelines.reader.loader import DeviceBatches, changes_of, eval_batches, train_batches
     from pipelines.training.loop import LoopConfig
     from pipelines.training.optimizers import build_optimizers
     from pipelines.training.session import Session, SessionConfig
@@ -119,8 +119,11 @@ def build_session(job: TrainJob, ranks: Any) -> Session:
     model = build_initial(job).to(ranks.device)
     batch_size = job.validation.batch_size // ranks.world_size * ranks.world_size or ranks.world_size
 
+    pinned = ranks.device.type == "cuda"
+    opened: list[DeviceBatches] = []  # The training stream, to ask it what was bad.
+
     def training(start_step: int, lanes: int) -> Any:
-        return train_batches(
+        stream = train_batches(
             corpus,
             split=job.split,
             batch_size=job.train.batch_size,
@@ -133,10 +136,21 @@ def build_session(job: TrainJob, ranks: Any) -> Session:
             total_steps=job.total_steps,
             lanes=lanes,
             reader=job.reader,
+            pinned=pinned,
         )
+        opened[:] = [
+            DeviceBatches(
+                stream,
+                ranks.device,
+                changes=changes_of(job.augment),
+                seed=job.seed,
+                num_classes=len(corpus.class_names),
+            )
+        ]
+        return opened[0]
 
     def held_out(split: str) -> Any:
-        return eval_batches(
+        stream = eval_batches(
             corpus,
             split=split,
             batch_size=batch_size,
@@ -144,7 +158,9 @@ def build_session(job: TrainJob, ranks: Any) -> Session:
             rank=ranks.rank,
             world_size=ranks.world_size,
             reader=job.reader,
+            pinned=pinned,
         )
+        return DeviceBatches(stream, ranks.device)
 
     def export(path: Path) -> None:
         save_weights(model, path, input_spec=job.input_spec, output_spec=job.output_spec)
@@ -176,12 +192,18 @@ def build_session(job: TrainJob, ranks: Any) -> Session:
         ),
         TrainState(model, build_optimizers(model, job.optimizer)),
         ranks,
-        prepare=lambda images: normalize(images, job.input_spec, torch.float32),
+        # What autocast would make of it anyway, without the copy in fp32 between.
+        prepare=partial(
+            normalize,
+            spec=job.input_spec,
+            dtype=torch.bfloat16 if job.train.precision == "bf16" else torch.float32,
+        ),
         training=training,
         validation=partial(held_out, job.validation.split) if job.validation.split is not None else None,
         test=partial(held_out, job.validation.test_split) if job.validation.test_split is not None else None,
         open_log=lambda: open_log(job),
         export=export,
+        bad_samples=lambda: opened[0].stats().by_reason(),
     )
 
 
