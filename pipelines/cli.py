@@ -199,6 +199,12 @@ def _schedule(arguments: list[str], flags: Flags) -> int:
     return schedule_main(arguments, ensure_stack)
 
 
+def _corpus(arguments: list[str], flags: Flags) -> int:
+    from pipelines.corpus.command import main as corpus_main
+
+    return corpus_main(arguments, ensure_stack)
+
+
 def _submit(arguments: list[str], flags: Flags) -> int:
     from pipelines.workflow.submit import main as submit_main
 
@@ -255,6 +261,11 @@ VERBS: dict[str, Verb] = {
         _submit,
     ),
     "schedule": Verb("start|stop|status [WORKFLOW]", "run a workflow by the clock: its file says when", _schedule),
+    "corpus": Verb(
+        "exclude CORPUS LIST | versions CORPUS",
+        "withdraw listed images as a new version; show all versions",
+        _corpus,
+    ),
     "recipes": Verb("[WORD ...]", "the packaged recipes and what each is for", _recipes),
 }
 
@@ -308,7 +319,7 @@ def _say_help() -> None:
     groups = {
         "start here": ["demo", *INFRA],
         "stages: vit VERB RECIPE [--dotted.flag VALUE ...]": list(STAGES),
-        "together": ["run", "why", "inspect-batch", "submit", "schedule", "recipes"],
+        "together": ["run", "why", "inspect-batch", "submit", "schedule", "corpus", "recipes"],
     }
     _write("usage: vit VERB ...\n\nPretrain, fine-tune and ship Vision Transformers on your own image corpus.")
     for title, verbs in groups.items():

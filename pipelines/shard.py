@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipelines import identity, store
+from pipelines import identity
 from pipelines.config import Strict, how, input_
+from pipelines.corpus.resize import ResizeConfig
 from pipelines.identity import Attempt, StageResult
 from pipelines.progress import progress, say
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from pipelines.corpus.commit import ShardRecord
     from pipelines.corpus.manifest import Corpus, Head
     from pipelines.corpus.plan import Plan
-    from pipelines.corpus.sources import Source
+    from pipelines.corpus.sources import Entries, Source
 
-__all__ = ["STAGE", "VERSION", "ShardRecipe", "make_corpus", "run"]
+__all__ = ["STAGE", "VERSION", "ShardRecipe", "make_corpus", "run", "write_shards"]
 
 STAGE = "shard"
 VERSION = 1
-MAX_TASKS = 2048  # Tasks of one execution; with more shards than that a task makes several.
 log = logging.getLogger(__name__)
 
 
@@ -36,14 +36,18 @@ log = logging.getLogger(__name__)
 class ShardRecipe(Strict):
     """Raw images to a corpus."""
 
-    source: str = input_()  # Folder or s3://BUCKET/PREFIX of class folders, IDX files or WebDataset tars.
+    source: str = input_()  # Class folders, a list of images, IDX files, WebDataset tars, or CORPUS@VERSION.
     destination: str  # Name of the corpus, or a folder or s3:// prefix for it.
     shard_bytes: int = 100_000_000  # Source bytes of one shard.
     seed: int = 0  # Of the order in which images are laid into shards.
     splits: dict[str, float] | None = None  # Fractions of train by hash of the path; null: as the source has it.
     classes: tuple[str, ...] | None = None  # Class names in order of the label; null: as found, sorted.
+    resize: ResizeConfig | None = None  # Make large images smaller; null: all keep their bytes.
+    shuffle: bool = False  # Tars: shuffle over all their images, which reads each by itself; else whole tars.
     validate: Literal["header", "decode"] = "decode"  # How far each image is looked at.
+    duplicates: Literal["keep", "quarantine"] = "keep"  # Images of equal bytes: keep all, or one of them.
     max_bad_fraction: float = 0.01  # Fail when more images than this are bad.
+    append: bool = False  # Add what is new to the current version of the destination, as its next one.
     num_workers: int | None = how(default=None)  # Shards made at a time; null: one a CPU of the cluster; 0: no Ray.
 
     def __post_init__(self) -> None:
@@ -76,10 +80,14 @@ class ShardRecipe(Strict):
 
 def run(recipe: ShardRecipe) -> StageResult:
     """Make the corpus, or return the one that the same source and recipe made before."""
+    from pipelines.corpus.manifest import open_corpus
     from pipelines.corpus.sources import open_source
 
     source = open_source(recipe.source)
-    return identity.run_stage(STAGE, VERSION, recipe, {"source": source.digest}, partial(_work, recipe, source))
+    inputs = {"source": source.digest}
+    if recipe.append:
+        inputs["parent"] = open_corpus(f"{recipe.destination}@current").digest
+    return identity.run_stage(STAGE, VERSION, recipe, inputs, partial(_work, recipe, source))
 
 
 def _work(recipe: ShardRecipe, source: Source, attempt: Attempt) -> StageResult:
@@ -105,104 +113,144 @@ def make_corpus(
     before_commit: Callable[[], None] = lambda: None,
 ) -> Corpus:
     """The work itself, without identity and tracking. `keep` takes over shards that an earlier attempt finished."""
-    from pipelines.corpus.commit import commit, current_etag
-    from pipelines.corpus.manifest import corpus_base
-    from pipelines.corpus.plan import freeze, make_plan
-    from pipelines.corpus.quarantine import check_fraction
+    from pipelines.corpus.commit import current_etag, make_current, one_writer
+    from pipelines.corpus.grow import join_versions
+    from pipelines.corpus.manifest import corpus_base, open_corpus
     from pipelines.corpus.sources import open_source
 
     source = source or open_source(recipe.source)
     base = corpus_base(recipe.destination)
     current = current_etag(base)
-    plan, listing = make_plan(
-        base,
-        source.entries(),
-        kind=source.kind,
-        source=recipe.source,
-        seed=recipe.seed,
-        shard_bytes=recipe.shard_bytes,
-        splits=recipe.splits,
-        classes=recipe.classes,
-        validate=recipe.validate,
-    )
+    parent = open_corpus(f"{base}@current") if recipe.append else None
+    planned = _plan(recipe, source, base, parent)
+    if planned is None:
+        assert parent is not None
+        say(f"shard: {recipe.source} has no usable image that {parent.reference} has not")
+        return parent
+    with one_writer(base) as check:
+        corpus = write_shards(recipe, *planned, keep=keep)
+        if parent is not None:
+            corpus = join_versions(parent, corpus)
+        check()
+        before_commit()
+        make_current(base, corpus.digest, current)
+    return corpus
+
+
+def write_shards(
+    recipe: ShardRecipe, plan: Plan | None = None, listing: pa.Table = None, *, keep: bool = True
+) -> Corpus:
+    """The shards of a plan and their manifest, not made current; without one that of the recipe."""
+    from pipelines.corpus.commit import Records, commit
+    from pipelines.corpus.manifest import corpus_base
+    from pipelines.corpus.plan import freeze
+    from pipelines.corpus.quarantine import check_fraction
+    from pipelines.corpus.sources import open_source
+
+    base = corpus_base(recipe.destination)
+    if plan is None:
+        planned = _plan(recipe, open_source(recipe.source), base, None)
+        assert planned is not None
+        plan, listing = planned
     total = plan.samples + len(plan.rejected)
     check_fraction(plan.rejected, total, recipe.max_bad_fraction)
     freeze(plan, listing)
     del listing
 
-    records: list[ShardRecord] = []
+    records = Records()
     rejected = list(plan.rejected)
-    done = kept = 0
+    done = kept = shards = 0
     started = time.monotonic()
     with progress("shard", plan.samples, "images") as bar:
         for record, reused in _build(plan, recipe.num_workers, keep):
-            records.append(record)
+            records.add(record)
+            shards += 1
             rejected += record.rejected
             kept += reused
             done += plan.shards[record.number].rows
             rate = done / (time.monotonic() - started)
-            bar.update(done, images_per_second=rate, shards=len(records), rejected=len(rejected))
+            bar.update(done, images_per_second=rate, shards=shards, rejected=len(rejected))
             check_fraction(rejected, total, recipe.max_bad_fraction)
     if kept:
-        say(f"shard: {kept} of {len(records)} shards were finished before and are kept")
-    before_commit()
+        say(f"shard: {kept} of {shards} shards were finished before and are kept")
     corpus = commit(
         base,
         records,
         class_names=plan.class_names,
-        current=current,
+        current=None,
         rejected=plan.rejected,
         ignored=plan.ignored,
         source=recipe.source,
         recipe={name: value for name, value in identity.deciding_fields(recipe).items() if name != "destination"},
+        multi_label=plan.multi_label,
+        duplicates=recipe.duplicates,
+        is_current=False,
     )
     _tell(corpus.head)
     return corpus
 
 
+def _entries(recipe: ShardRecipe, source: Source, parent: Corpus | None) -> tuple[Entries, tuple[str, ...] | None]:
+    """What the source holds, or of it what the parent has not; and the class names."""
+    from pipelines.corpus.errors import CorpusError
+    from pipelines.corpus.grow import only_new
+
+    if recipe.shuffle and source.kind != "tars":
+        raise CorpusError(
+            f"shuffle has no effect on {recipe.source}: only tars have an order of their own; leave it out"
+        )
+    entries = source.entries(min_classes=2 if parent is None else 1, num_workers=recipe.num_workers)
+    if parent is None:
+        return entries, recipe.classes
+    entries = only_new(entries, parent)
+    old = parent.class_names
+    if entries.class_names is not None and entries.class_names[: len(old)] != old:
+        raise CorpusError(f"{recipe.source} names its classes otherwise than {parent.reference}; names must agree")
+    named = (label for one in entries.label for label in (one if entries.multi_label else [one]))
+    found = recipe.classes or entries.class_names or tuple(sorted({label for label in named if isinstance(label, str)}))
+    entries.class_names = None
+    return entries, (*old, *(name for name in found if name not in old))
+
+
+def _plan(recipe: ShardRecipe, source: Source, base: str, parent: Corpus | None) -> tuple[Plan, pa.Table] | None:
+    """The plan and its listing; None if the parent has everything."""
+    from dataclasses import asdict
+
+    from pipelines.corpus.plan import make_plan
+
+    entries, classes = _entries(recipe, source, parent)
+    if not len(entries):
+        return None
+    return make_plan(
+        base,
+        entries,
+        kind=source.kind,
+        source=recipe.source,
+        seed=recipe.seed,
+        shard_bytes=recipe.shard_bytes,
+        splits=recipe.splits,
+        classes=classes,
+        validate=recipe.validate,
+        shuffle=recipe.shuffle,
+        resize=asdict(recipe.resize) if recipe.resize else None,
+    )
+
+
 def _build(plan: Plan, num_workers: int | None, keep: bool) -> Iterator[tuple[ShardRecord, bool]]:
     """Every shard of the plan: in order in this process, or as Ray Data finishes them."""
-    from pipelines.corpus.build import build_shard
     from pipelines.corpus.commit import ShardRecord
-    from pipelines.corpus.errors import CorpusError
+    from pipelines.corpus.parallel import map_items
 
-    if num_workers == 0:
-        yield from (build_shard(plan.uri, shard.number, keep=keep) for shard in plan.shards)
-        return
-    import ray
-
-    if not ray.is_initialized():
-        ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, logging_level="WARNING")
-    # Our own bar says more, and Ray Data logs the trace of an error that we report ourselves.
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    numbers = ray.data.range(len(plan.shards), override_num_blocks=min(len(plan.shards), MAX_TASKS))
-    made = numbers.map_batches(_build_batch, fn_args=(plan.uri, keep), batch_size=None, concurrency=num_workers)
-    for row in made.iter_rows():
-        if row["error"]:
-            raise CorpusError(row["error"])
-        yield ShardRecord.from_json(json.loads(row["record"])), bool(row["reused"])
+    items = [{"number": shard.number} for shard in plan.shards]
+    for _, done in map_items(_build_one, items, plan.uri, keep, num_workers=num_workers):
+        yield ShardRecord.from_json(done["record"]), done["reused"]
 
 
-def _build_batch(batch: dict[str, Any], plan_uri: str, keep: bool) -> dict[str, list[Any]]:
-    """Expected errors travel as text: Ray would wrap them in its own trace."""
+def _build_one(item: Mapping[str, Any], plan_uri: str, keep: bool) -> dict[str, Any]:
     from pipelines.corpus.build import build_shard
-    from pipelines.corpus.errors import CorpusError
 
-    out: dict[str, list[Any]] = {"record": [], "reused": [], "error": []}
-    for number in batch["id"].tolist():
-        record, reused, error = "", False, ""
-        try:
-            made, reused = build_shard(plan_uri, number, keep=keep)
-            record = json.dumps(made.to_json())
-        except (CorpusError, store.StoreError, OSError) as problem:
-            error = str(problem)
-        out["record"].append(record)
-        out["reused"].append(reused)
-        out["error"].append(error)
-        if error:
-            break
-    return out
+    record, reused = build_shard(plan_uri, item["number"], keep=keep)
+    return {"record": record.to_json(), "reused": reused}
 
 
 def _tell(head: Head) -> None:
@@ -222,7 +270,7 @@ def _metrics(corpus: Corpus, seconds: float) -> dict[str, float]:
         "shards": float(head.shards),
         "bytes": float(head.bytes),
         "rejected": float(rejected),
-        "bad_fraction": rejected / (head.samples + rejected),
+        "bad_fraction": head.bad_fraction,
         "images_per_second": (head.samples + rejected) / seconds,
         "seconds": seconds,
     }

@@ -7,6 +7,7 @@ lock of the project; the loser gets `Conflict`.
 
 from __future__ import annotations
 
+import base64
 import errno
 import fcntl
 import json
@@ -324,8 +325,13 @@ def download(uri: str, path: Path) -> Path:
 # Writing ------------------------------------------------------------------------------------------------------------
 
 
-def write(uri: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
-    """Write the whole object; returns its ETag. `if_absent` and `if_match` raise Conflict when the condition fails."""
+def write(
+    uri: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None, sha256: str | None = None
+) -> str:
+    """Write the whole object; returns its ETag. `if_absent` and `if_match` raise Conflict when the condition fails.
+
+    A `sha256` (hex) that the caller knows already is the checksum that the store compares.
+    """
     if not is_s3(uri):
         return _write_local(Path(uri), data, if_absent=if_absent, if_match=if_match)
     bucket, key = _split(uri)
@@ -334,6 +340,8 @@ def write(uri: str, data: bytes, *, if_absent: bool = False, if_match: str | Non
         options["IfNoneMatch"] = "*"
     if if_match is not None:
         options["IfMatch"] = if_match
+    if sha256 is not None:
+        options["ChecksumSHA256"] = base64.b64encode(bytes.fromhex(sha256)).decode()
     conditional = if_absent or if_match is not None
 
     def once() -> str:

@@ -56,7 +56,7 @@ def _size(rng: np.random.Generator) -> tuple[int, int]:
         if chance < share:
             return width, height
         chance -= share
-    aspect, area = np.exp(rng.normal(0, 0.3)), np.exp(rng.normal(np.log(330 * 300), 0.6))
+    aspect, area = np.exp(rng.normal(0, 0.3)), np.exp(rng.normal(np.log(400 * 350), 0.6))
     return tuple(int(np.clip((area * ratio) ** 0.5, 100, 900)) for ratio in (aspect, 1 / aspect))  # type: ignore[return-value]
 
 
@@ -67,7 +67,7 @@ def numbered(photo: bytes, number: int) -> bytes:
 
 
 def write_folders(folder: Path, total_bytes: int, *, distinct: int = 400, classes: int = 10, **options: Any) -> int:
-    """Fill class folders until they hold `total_bytes`; returns the number of files. The same arguments, the same files."""
+    """Fill class folders until they hold `total_bytes`; returns the number of files, which are always the same."""
     photos = make_photos(distinct, **options)
     for name in range(classes):
         (folder / f"class-{name:02d}").mkdir(parents=True, exist_ok=True)

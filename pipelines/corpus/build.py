@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from pipelines import store
+from pipelines.corpus.checks import check_image, is_named_as, rejected_by
 from pipelines.corpus.commit import ShardRecord, write_table
 from pipelines.corpus.errors import CorpusError
-from pipelines.corpus.fetch import fetch
-from pipelines.corpus.images import ImageFacts, ImageRejected, inspect_image
+from pipelines.corpus.fetch import Planned, fetch
+from pipelines.corpus.images import ImageFacts, ImageRejected
 from pipelines.corpus.plan import Plan, load_plan
 from pipelines.corpus.quarantine import Rejected
+from pipelines.corpus.resize import ResizeConfig, shrink
 from pipelines.corpus.tar import ShardContent, ShardWriter, sample_key
 
-__all__ = ["build_shard", "finished_record"]
+__all__ = ["Made", "build_shard", "finished_record", "make_shard", "store_shard"]
 
 log = logging.getLogger(__name__)
-SPARE_BYTES = 64 << 20  # Disk that a node keeps free while a shard is put together.
+IN_MEMORY = 512 << 20  # Source bytes of a shard; a larger one is put together on disk.
+SPARE_BYTES = 64 << 20  # Disk that a node keeps free meanwhile.
+OURS = frozenset({"idx", "corpus"})  # Made into PNG by us a moment ago, or checked when that corpus was made.
 
-DECODER_REASONS = {"too_many_bytes": "bomb", "too_many_pixels": "bomb", "unsupported_mode": "unsupported_format"}
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A shard that is put together and not stored yet."""
+
+    plan: Plan
+    number: int
+    content: ShardContent
+    rejected: list[Rejected]
+    noted: Counter[str]
+    data: bytes | Path
 
 
 def build_shard(plan_uri: str, number: int, *, keep: bool = True) -> tuple[ShardRecord, bool]:
@@ -35,22 +51,45 @@ def build_shard(plan_uri: str, number: int, *, keep: bool = True) -> tuple[Shard
     record = finished_record(plan, number) if keep else None
     if record is not None:
         return record, True
-    shard = plan.shards[number]
-    needed = 2 * shard.bytes + 4096 * shard.rows + SPARE_BYTES
     with tempfile.TemporaryDirectory(prefix="vit-shard-") as folder:
-        free = shutil.disk_usage(folder).free
-        if free < needed:
-            raise CorpusError(
-                f"{tempfile.gettempdir()} has {free >> 20:,} MB free, shard {shard.name} may need {needed >> 20:,} MB;"
-                " free some, or set TMPDIR to a larger disk, and run the same command again"
-            )
-        path = Path(folder) / shard.name
-        content, rejected, noted = _write(plan, number, path)
-        etag = store.upload(path, store.join(plan.base, "shards", shard.name)) if content.rows.num_rows else ""
-    rows = f"plans/{plan.digest}/shards/{number:06d}.parquet"
+        return store_shard(make_shard(plan, number, Path(folder))), False
+
+
+def make_shard(plan: Plan, number: int, folder: Path) -> Made:
+    """Fetch, check and put together. Only a shard that is too large for memory goes through `folder`."""
+    shard = plan.shards[number]
+    if shard.bytes <= IN_MEMORY:
+        sink = io.BytesIO()
+        content, rejected, noted = _write(plan, number, sink)
+        return Made(plan, number, content, rejected, noted, sink.getvalue())
+    needed = 2 * shard.bytes + 4096 * shard.rows + SPARE_BYTES
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CorpusError(
+            f"{tempfile.gettempdir()} has {free >> 20:,} MB free, shard {shard.name} may need {needed >> 20:,} MB;"
+            " free some, or set TMPDIR to a larger disk, and run the same command again"
+        )
+    path = folder / shard.name
+    with path.open("wb") as file:
+        content, rejected, noted = _write(plan, number, file)
+    return Made(plan, number, content, rejected, noted, path)
+
+
+def store_shard(made: Made) -> ShardRecord:
+    """The tar, then its rows, then the record that says that both are there."""
+    plan, content, shard = made.plan, made.content, made.plan.shards[made.number]
+    uri = store.join(plan.base, "shards", shard.name)
+    etag = ""
+    if content.rows.num_rows:
+        etag = (
+            store.upload(made.data, uri)
+            if isinstance(made.data, Path)
+            else store.write(uri, made.data, sha256=content.sha256)
+        )
+    rows = f"plans/{plan.digest}/shards/{made.number:06d}.parquet"
     write_table(store.join(plan.base, rows), content.rows)
     record = ShardRecord(
-        number=number,
+        number=made.number,
         split=shard.split,
         name=shard.name,
         bytes=content.bytes,
@@ -61,11 +100,12 @@ def build_shard(plan_uri: str, number: int, *, keep: bool = True) -> tuple[Shard
         page_length=content.page_length,
         page_rows=content.page_rows,
         rows=rows,
-        rejected=rejected,
-        noted=dict(sorted(noted.items())),
+        rejected=made.rejected,
+        noted=dict(sorted(made.noted.items())),
+        times=shard.times,
     )
-    store.write_json(_record_uri(plan, number), record.to_json())
-    return record, False
+    store.write_json(_record_uri(plan, made.number), record.to_json())
+    return record
 
 
 def finished_record(plan: Plan, number: int) -> ShardRecord | None:
@@ -86,55 +126,43 @@ def _record_uri(plan: Plan, number: int) -> str:
     return store.join(plan.uri, "shards", f"{number:06d}.json")
 
 
-def _write(plan: Plan, number: int, path: Path) -> tuple[ShardContent, list[Rejected], Counter[str]]:
+def _write(plan: Plan, number: int, file: BinaryIO) -> tuple[ShardContent, list[Rejected], Counter[str]]:
     rows = plan.rows(number)
     split = plan.shards[number].split
-    check = _checks(plan)
+    resize = ResizeConfig(**plan.resize) if plan.resize else None
     rejected: list[Rejected] = []
     noted: Counter[str] = Counter()
-    with path.open("wb") as file, ShardWriter(file) as writer:
-        for row, image in zip(rows, fetch(plan.kind, rows), strict=True):
-            try:
-                if isinstance(image, ImageRejected):
-                    raise image
-                facts = check(image)
-            except ImageRejected as reason:
-                # A rejected sample leaves a gap and shifts nothing: shards were cut by source bytes before.
-                key = sample_key(row.path)
-                rejected.append(Rejected(key, row.path, split, row.label, reason.reason, reason.detail))
-                continue
-            noted.update(facts.notes)
-            if plan.kind != "idx" and not _named_as(row.path, facts.extension):
-                noted["renamed"] += 1
-            writer.add(
-                path=row.path,
-                image=image,
-                extension=facts.extension,
-                width=facts.width,
-                height=facts.height,
-                label=row.label,
-            )
-        return writer.close(), rejected, noted
+    writer = ShardWriter(file, multi_label=plan.multi_label)
+    for row, image in zip(rows, fetch(plan.kind, rows), strict=True):
+        try:
+            data, facts = _checked(plan, image, resize)
+        except ImageRejected as reason:
+            key = sample_key(row.path)
+            rejected.append(Rejected(key, row.path, split, _first_label(row), reason.reason, reason.detail))
+            continue
+        noted.update(facts.notes)
+        if plan.kind not in OURS and "resized" not in facts.notes and not is_named_as(row.path, facts.extension):
+            noted["renamed"] += 1
+        writer.add(
+            path=row.path,
+            image=data,
+            extension=facts.extension,
+            width=facts.width,
+            height=facts.height,
+            label=row.label if row.labels is None else row.labels,
+        )
+    return writer.close(), rejected, noted
 
 
-def _named_as(path: str, extension: str) -> bool:
-    named = path.lower().rpartition(".")[2]
-    return ("jpg" if named == "jpeg" else named) == extension
+def _checked(plan: Plan, image: bytes | ImageRejected, resize: ResizeConfig | None) -> tuple[bytes, ImageFacts]:
+    if isinstance(image, ImageRejected):
+        raise image
+    facts = check_image(image, decode=plan.validate == "decode" and plan.kind not in OURS)
+    if resize is None:
+        return image, facts
+    with rejected_by():
+        return shrink(image, facts, resize)
 
 
-def _checks(plan: Plan) -> Callable[[bytes], ImageFacts]:
-    # Rows of an IDX file were made into PNG by us a moment ago: decoding them would check our own encoder.
-    if plan.validate == "header" or plan.kind == "idx":
-        return inspect_image
-    return _inspect_and_decode
-
-
-def _inspect_and_decode(image: bytes) -> ImageFacts:
-    from vit_model.preprocess import ImageError, decode_image
-
-    facts = inspect_image(image)
-    try:
-        decode_image(image, 3)
-    except ImageError as error:
-        raise ImageRejected(DECODER_REASONS.get(error.reason, "corrupt"), str(error)) from None
-    return facts
+def _first_label(row: Planned) -> int:
+    return row.labels[0] if row.labels else row.label

@@ -2,86 +2,68 @@
 
 from __future__ import annotations
 
-import dataclasses
-import io
-import logging
+import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
-from pipelines import store
+from pipelines import identity, store
 from pipelines.corpus.errors import CorpusError, QuarantineError
-from pipelines.corpus.manifest import Corpus, Head, corpus_digest, manifest_uri, read_table
-from pipelines.corpus.quarantine import Rejected, count_reasons, quarantine_table
+from pipelines.corpus.head import Head, SourceVersion
+from pipelines.corpus.layout import digest_shards
+from pipelines.corpus.manifest import Corpus, manifest_uri
+from pipelines.corpus.parts import RowParts, write_table
+from pipelines.corpus.quarantine import Rejected, bad_fraction, count_reasons, quarantine_table
+from pipelines.corpus.records import Records, ShardRecord, order_splits, shard_pieces
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["ShardRecord", "commit", "current_etag", "order_splits", "write_table"]
+__all__ = [
+    "Description",
+    "Records",
+    "ShardRecord",
+    "commit",
+    "current_etag",
+    "make_current",
+    "one_writer",
+    "order_splits",
+    "write_manifest",
+    "write_table",
+]
 
-log = logging.getLogger(__name__)
-PART_ROWS = 1_000_000  # Rows of one part of the sample table.
-
-
-@dataclass(frozen=True, slots=True)
-class ShardRecord:
-    """What one finished shard left behind; written after its tar and its rows."""
-
-    number: int
-    split: str
-    name: str
-    bytes: int
-    samples: int
-    sha256: str
-    etag: str  # Of the tar in the store: a resumed run sees that it is still the one.
-    page_offset: list[int]
-    page_length: list[int]
-    page_rows: list[int]
-    rows: str  # Object with its sample rows, relative to the base.
-    rejected: list[Rejected] = field(default_factory=list)
-    noted: dict[str, int] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> ShardRecord:
-        return cls(**dict(value) | {"rejected": [Rejected(**item) for item in value["rejected"]]})
+PAGE_COLUMNS = ("page_offset", "page_length", "page_rows")
 
 
-def order_splits(names: Iterable[str]) -> list[str]:
-    """train first, then val, then test, then others by name: the order of shards and sample ids."""
-    known = ("train", "val", "test")
-    return sorted(set(names), key=lambda name: (known.index(name) if name in known else len(known), name))
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Description:
+    """What a head says beside what follows from the shards."""
+
+    class_names: tuple[str, ...]
+    multi_label: bool = False
+    noted: Mapping[str, int] = field(default_factory=dict)
+    ignored: Mapping[str, int] = field(default_factory=dict)
+    duplicates: Mapping[str, int] = field(default_factory=dict)
+    parent: str | None = None
+    sources: tuple[SourceVersion, ...] = ()
+    source: str = ""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
 
 
-def write_table(uri: str, table: pa.Table) -> str:
-    import pyarrow.parquet as pq
-
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
-    return store.write(uri, sink.getvalue())
-
-
-def shard_table(records: Sequence[ShardRecord]) -> pa.Table:
-    import pyarrow as pa
-
-    types = {
-        "name": pa.string(),
-        "split": pa.string(),
-        "bytes": pa.int64(),
-        "samples": pa.int32(),
-        "sha256": pa.string(),
-        "page_offset": pa.list_(pa.int64()),
-        "page_length": pa.list_(pa.int64()),
-        "page_rows": pa.list_(pa.int32()),
-    }
-    return pa.table(
-        {name: pa.array([getattr(record, name) for record in records], kind) for name, kind in types.items()}
-    )
+@contextmanager
+def one_writer(base: str) -> Iterator[Callable[[], None]]:
+    """Hold the lease of a destination. Gives the check to be made before a commit. Raises CorpusError if it is held."""
+    with ExitStack() as stack:
+        try:
+            held = stack.enter_context(identity.lease(store.join(base, "lease.json"), f"corpus {base}"))
+        except identity.Held as error:
+            raise CorpusError(
+                f"{error}, which writes to it now; run the same command again when it has ended"
+            ) from None
+        yield held.check
 
 
 def current_etag(base: str) -> str | None:
@@ -94,7 +76,7 @@ def current_etag(base: str) -> str | None:
 
 def commit(
     base: str,
-    records: Sequence[ShardRecord],
+    records: Records | Iterable[ShardRecord],
     *,
     class_names: Sequence[str],
     current: str | None,
@@ -103,61 +85,130 @@ def commit(
     parent: str | None = None,
     source: str = "",
     recipe: Mapping[str, Any] | None = None,
+    tables: Mapping[str, pa.Table] | None = None,
+    multi_label: bool = False,
+    duplicates: Literal["keep", "quarantine"] = "keep",
+    is_current: bool = True,
 ) -> Corpus:
     """Write the manifest of these shards and make it the current version.
 
     `rejected` are images that never reached a shard; those that were found bad on the way are in the records.
-    `current` is what `current_etag` said when the work began.
+    `current` is what `current_etag` said when the work began. `tables` are written beside the manifest as NAME.parquet.
     """
-    everything_rejected = [*rejected, *(item for record in records for item in record.rejected)]
-    # A shard of which nothing was left is no shard of the corpus.
-    splits = order_splits(record.split for record in records if record.samples)
-    records = sorted(
-        (record for record in records if record.samples), key=lambda record: (splits.index(record.split), record.number)
-    )
-    samples = Counter[str]()
-    for record in records:
-        samples[record.split] += record.samples
-    counts = {name: samples[name] for name in splits}
-    table = shard_table(records)
-    digest = corpus_digest(class_names, counts, table)
-    target = manifest_uri(base, digest)
-
-    if not records:
+    records = records if isinstance(records, Records) else Records(records)
+    _, shards = records.ordered()
+    everything_rejected = [*rejected, *records.rejected]
+    if not shards.num_rows:
         raise QuarantineError(f"no image is left of {len(everything_rejected):,}: {count_reasons(everything_rejected)}")
+    rows = RowParts(base, shards)
+    equal = rows.duplicates()
+    times: list[bytes | None] = [None if n == 1 else bytes([n]) for n in shards["times"].to_pylist()]
+    if duplicates == "quarantine" and len(equal.extra):
+        times = rows.times(equal.extra)
+        everything_rejected += rows.rejected(equal)
+    corpus = write_manifest(
+        base,
+        lambda names: shard_pieces(shards, times if any(times) else None, names),
+        Description(
+            class_names=tuple(class_names),
+            multi_label=multi_label,
+            noted=records.noted,
+            ignored=ignored or {},
+            duplicates=equal.counts,
+            parent=parent,
+            source=source,
+            recipe=recipe or {},
+        ),
+        everything_rejected,
+        write_more=lambda target: _write_beside(target, rows, tables or {}),
+    )
+    if is_current:
+        make_current(base, corpus.digest, current)
+    return corpus
+
+
+def write_manifest(
+    base: str,
+    pieces: Callable[[Sequence[str] | None], Iterable[pa.Table]],
+    described: Description,
+    rejected: Sequence[Rejected],
+    *,
+    write_more: Callable[[str], None] = lambda target: None,
+) -> Corpus:
+    """A version without making it current.
+
+    `pieces` gives its shard table in order, or the named columns of it and nothing where it lacks one; it is called
+    several times. `write_more` writes what else stands beside the head, whose place it is told.
+    """
+    shards, size = 0, 0
+    counts: Counter[str] = Counter()
+    lying: Counter[str] = Counter()
+    times = [value for piece in pieces(["times"]) for value in piece["times"].to_pylist()]
+    for piece in pieces(["split", "samples", "bytes"]):
+        size += int(piece["bytes"].to_numpy().sum())
+        for split, samples in zip(piece["split"].to_pylist(), piece["samples"].to_pylist(), strict=True):
+            own = times[shards] if times else None
+            counts[split] += samples if own is None else sum(own) * (samples if len(own) == 1 else 1)
+            lying[split] += samples
+            shards += 1
+    splits = {name: counts[name] for name in order_splits(lying)}
+    maps = [source.labels for source in described.sources]
+    digest = digest_shards(described.class_names, splits, pieces, multi_label=described.multi_label, label_maps=maps)
+    target = manifest_uri(base, digest)
     head_uri = store.join(target, "head.json")
     if store.exists(head_uri):  # The same corpus came out of another plan or place: a version is never written twice.
-        head = Head.from_json(store.read_json(head_uri), head_uri)
-        _make_current(base, digest, current)
-        return Corpus(base, head)
-    duplicates = _write_samples(base, target, records)
-    write_table(store.join(target, "shards.parquet"), table)
-    write_table(
-        store.join(target, "quarantine.parquet"), quarantine_table(everything_rejected, dict(enumerate(class_names)))
-    )
-    noted = Counter[str]()
-    for record in records:
-        noted.update(record.noted)
+        return Corpus(base, Head.from_json(store.read_json(head_uri), head_uri))
+    write_more(target)
+    _write_pieces(store.join(target, "shards.parquet"), pieces(None))
+    names = dict(enumerate(described.class_names))
+    write_table(store.join(target, "quarantine.parquet"), quarantine_table(rejected, names))
     head = Head(
         digest=digest,
-        class_names=tuple(class_names),
-        splits=counts,
-        shards=len(records),
-        bytes=sum(record.bytes for record in records),
-        rejected=count_reasons(everything_rejected),
-        noted=dict(sorted(noted.items())),
-        ignored=dict(ignored or {}),
-        duplicates=duplicates,
-        parent=parent,
-        source=source,
-        recipe=dict(recipe or {}),
+        class_names=described.class_names,
+        splits=splits,
+        shards=shards,
+        bytes=size,
+        multi_label=described.multi_label,
+        rejected=count_reasons(rejected),
+        bad_fraction=bad_fraction(rejected, sum(lying.values())),
+        noted=dict(sorted(described.noted.items())),
+        ignored=dict(described.ignored),
+        duplicates=dict(described.duplicates),
+        parent=described.parent,
+        sources=described.sources,
+        source=described.source,
+        recipe=dict(described.recipe),
     )
     store.write_json(head_uri, head.to_json())
-    _make_current(base, digest, current)
     return Corpus(base, head)
 
 
-def _make_current(base: str, digest: str, current: str | None) -> None:
+def _write_pieces(uri: str, pieces: Iterable[pa.Table]) -> None:
+    """A row group a piece, through a file: 300,000 shards are 100 MB."""
+    import pyarrow.parquet as pq
+
+    with tempfile.TemporaryDirectory(prefix="vit-manifest-") as folder:
+        path = Path(folder) / "shards.parquet"
+        writer: Any = None
+        for piece in pieces:
+            # Page columns never repeat: deltas are half the time of a dictionary, to write and to read.
+            deltas = {f"{name}.list.element": "DELTA_BINARY_PACKED" for name in PAGE_COLUMNS}
+            writer = writer or pq.ParquetWriter(
+                path, piece.schema, compression="zstd", use_dictionary=["split"], column_encoding=deltas
+            )
+            writer.write_table(piece, row_group_size=max(piece.num_rows, 1))
+        writer.close()
+        store.upload(path, uri)
+
+
+def _write_beside(target: str, rows: RowParts, tables: Mapping[str, pa.Table]) -> None:
+    rows.write(target)
+    for name, extra in tables.items():
+        write_table(store.join(target, f"{name}.parquet"), extra)
+
+
+def make_current(base: str, digest: str, current: str | None) -> None:
+    """Move current.json. `current` is its state when the work began: another writer since then is an error."""
     uri = store.join(base, "current.json")
     condition: dict[str, Any] = {"if_absent": True} if current is None else {"if_match": current}
     try:
@@ -169,52 +220,3 @@ def _make_current(base: str, digest: str, current: str | None) -> None:
                 f"{uri} was moved to {found[:12]} by another writer while this one wrote {digest[:12]}; that version is"
                 f" whole and has the name {base}@{digest[:12]}; run the same command again to make it current"
             ) from None
-
-
-def _write_samples(base: str, target: str, records: Sequence[ShardRecord]) -> dict[str, int]:
-    """The sample table in parts, each named by its first sample id; returns how often content occurs again."""
-    import pyarrow as pa
-
-    first = 0
-    contents: list[Any] = []
-    for part in _parts(records):
-        tables = []
-        for shard, record in part:
-            rows = read_table(store.join(base, record.rows))
-            tables.append(rows.add_column(0, "shard", pa.array(np.full(rows.num_rows, shard, np.int32))))
-        table = pa.concat_tables(tables)
-        ids = np.arange(first, first + table.num_rows, dtype=np.int64)
-        write_table(
-            store.join(target, "samples", f"{first:012d}.parquet"), table.add_column(0, "sample_id", pa.array(ids))
-        )
-        splits = np.repeat([record.split for _, record in part], [record.samples for _, record in part])
-        contents.append(pa.table({"content": table["content"], "label": table["label"], "split": splits.tolist()}))
-        first += table.num_rows
-    return _duplicates(pa.concat_tables(contents)) if contents else {}
-
-
-def _duplicates(contents: pa.Table) -> dict[str, int]:
-    """Images beyond the first of equal content; how many contents lie in several splits or several classes."""
-    groups = contents.group_by("content").aggregate(
-        [("label", "count"), ("label", "count_distinct"), ("split", "count_distinct")]
-    )
-    copies = groups["label_count"].to_numpy()
-    found = {
-        "images": int((copies - 1).sum()),
-        "across_splits": int((groups["split_count_distinct"].to_numpy() > 1).sum()),
-        "across_classes": int((groups["label_count_distinct"].to_numpy() > 1).sum()),
-    }
-    return {name: count for name, count in found.items() if count}
-
-
-def _parts(records: Sequence[ShardRecord]) -> Iterator[list[tuple[int, ShardRecord]]]:
-    part: list[tuple[int, ShardRecord]] = []
-    rows = 0
-    for shard, record in enumerate(records):
-        if part and rows + record.samples > PART_ROWS:
-            yield part
-            part, rows = [], 0
-        part.append((shard, record))
-        rows += record.samples
-    if part:
-        yield part

@@ -29,8 +29,9 @@ class Planned:
     uri: str
     offset: int
     size: int
-    etag: str
-    label: int
+    etag: str  # Of a sample of another corpus: the start of the sha256 of its image.
+    label: int  # -1 where there are several,
+    labels: list[int] | None = None  # in order of the class names.
 
 
 def read_source(uri: str, etag: str, start: int | None = None, length: int | None = None) -> bytes:
@@ -72,11 +73,18 @@ def fetch(kind: str, rows: Sequence[Planned]) -> Iterator[bytes | ImageRejected]
         case "tars":
             for run in _runs(rows):
                 yield from _read_run(run)
-        case "files" if rows and store.is_s3(rows[0].uri):
+        case "tars_shuffled":
+            yield from _read_apart(rows)
+        case "corpus":
+            from pipelines.corpus.recast import read_sample
+
+            with ThreadPoolExecutor(THREADS) as pool:
+                yield from pool.map(read_sample, rows)
+        case "files" | "list" if rows and store.is_s3(rows[0].uri):
             with ThreadPoolExecutor(THREADS) as pool:
                 for start in range(0, len(rows), 4 * THREADS):
                     yield from pool.map(_read_file, rows[start : start + 4 * THREADS])
-        case "files":
+        case "files" | "list":
             yield from map(_read_file, rows)
 
 
@@ -87,6 +95,25 @@ def _read_file(row: Planned) -> bytes | ImageRejected:
         return read_source(row.uri, row.etag)
     except ImageRejected as rejected:
         return rejected
+
+
+def _read_apart(rows: Sequence[Planned]) -> Iterator[bytes | ImageRejected]:
+    """Images from all over many tars, each by a request of its own: read in the order of the tars, given in ours."""
+    order = sorted(range(len(rows)), key=lambda i: (rows[i].uri, rows[i].offset))
+
+    def read(i: int) -> bytes | ImageRejected:
+        row = rows[i]
+        if row.size > MAX_FILE_BYTES:
+            return ImageRejected("bomb", f"{row.size:,} bytes, the limit is {MAX_FILE_BYTES:,}")
+        return read_source(row.uri, row.etag, row.offset, row.size)
+
+    if not store.is_s3(rows[0].uri):
+        found = dict(zip(order, map(read, order), strict=True))
+    else:
+        with ThreadPoolExecutor(THREADS) as pool:
+            found = dict(zip(order, pool.map(read, order), strict=True))
+    for i in range(len(rows)):
+        yield found.pop(i)
 
 
 def _runs(rows: Sequence[Planned]) -> Iterator[list[Planned]]:

@@ -1,79 +1,45 @@
 """What a corpus is: WebDataset tars beside an immutable, versioned manifest. The read side of the manifest.
 
 BASE/{shards/*.tar, current.json, manifests/DIGEST/{head.json, shards.parquet, samples/*.parquet, quarantine.parquet}}.
+Tars that were adopted in place lie elsewhere: the column `uri` of shards.parquet says where.
 The digest covers what the shards hold and how pages cut them, never where they lie or when they were made.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from pipelines import store
 from pipelines.corpus.errors import ManifestError
-from pipelines.identity import canonical
+from pipelines.corpus.head import Head, SourceVersion
+from pipelines.corpus.layout import SCHEMA, Layout, digest_shards, read_layout
+from pipelines.corpus.pages import Page, Pages
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["SCHEMA", "Corpus", "Head", "ManifestError", "Pages", "Shard", "corpus_base", "corpus_digest", "open_corpus"]
+__all__ = [
+    "SCHEMA",
+    "Corpus",
+    "Head",
+    "ManifestError",
+    "Page",
+    "Pages",
+    "Shard",
+    "SourceVersion",
+    "corpus_base",
+    "corpus_digest",
+    "open_corpus",
+]
 
-SCHEMA = 1
 CURRENT = "current"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 MIN_PREFIX = 12  # Hex digits of a digest that are enough to name a version.
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """The small part of a manifest: enough to plan a run and to show what a corpus is."""
-
-    digest: str
-    class_names: tuple[str, ...]
-    splits: dict[str, int]  # Samples per split, in manifest order.
-    shards: int
-    bytes: int  # Of all tars.
-    rejected: dict[str, int] = field(
-        default_factory=dict
-    )  # Quarantined images by reason; quarantine.parquet lists them.
-    noted: dict[str, int] = field(default_factory=dict)  # Kept, but converted by rule when read: alpha, cmyk, ...
-    ignored: dict[str, int] = field(default_factory=dict)  # Files of the source that are no samples, by kind.
-    duplicates: dict[str, int] = field(default_factory=dict)  # Images whose content occurs before, by where it does.
-    parent: str | None = None  # Digest of the version that this one grew from.
-    source: str = ""
-    recipe: dict[str, Any] = field(default_factory=dict)
-    schema: int = SCHEMA
-
-    @property
-    def samples(self) -> int:
-        return sum(self.splits.values())
-
-    def to_json(self) -> dict[str, Any]:
-        # A list, because JSON objects carry no order and the order of the splits is that of the sample ids.
-        return dataclasses.asdict(self) | {"splits": [[name, samples] for name, samples in self.splits.items()]}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any], where: str) -> Head:
-        schema = value.get("schema")
-        if schema != SCHEMA:
-            raise ManifestError(
-                f"{where}: manifest schema {schema!r}, this code reads {SCHEMA}; use the release that wrote it"
-            )
-        known = {spec.name for spec in dataclasses.fields(cls)}
-        if unknown := value.keys() - known:
-            raise ManifestError(f"{where}: unknown keys {sorted(unknown)}; the head was not written by this code")
-        return cls(
-            **dict(value)
-            | {"class_names": tuple(value["class_names"]), "splits": {name: int(n) for name, n in value["splits"]}}
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,20 +49,6 @@ class Shard:
     bytes: int
     samples: int
     sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class Pages:
-    """One entry a page, in manifest order. A page is a run of consecutive samples of one shard: the unit of reading."""
-
-    shard: np.ndarray[Any, np.dtype[np.int32]]  # Number of the shard in the manifest.
-    offset: np.ndarray[Any, np.dtype[np.int64]]  # Bytes from the start of the tar to the page's first header.
-    length: np.ndarray[Any, np.dtype[np.int64]]  # Bytes.
-    rows: np.ndarray[Any, np.dtype[np.int32]]
-    first_row: np.ndarray[Any, np.dtype[np.int64]]  # Sample id of the page's first row.
-
-    def __len__(self) -> int:
-        return len(self.shard)
 
 
 @dataclass(frozen=True)
@@ -125,37 +77,49 @@ class Corpus:
     def splits(self) -> dict[str, int]:
         return self.head.splits
 
+    @property
+    def manifest(self) -> str:
+        return manifest_uri(self.uri, self.digest)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Where shards and pages lie; checked against the digest. All that training reads."""
+        uri = store.join(self.manifest, "shards.parquet")
+        return read_layout(uri, self.digest, self.class_names, self.splits, **self._digested())
+
     @cached_property
     def table(self) -> pa.Table:
-        """shards.parquet, checked against the digest."""
-        uri = store.join(manifest_uri(self.uri, self.digest), "shards.parquet")
+        """shards.parquet as it is, checked against the digest; for tools."""
+        uri = store.join(self.manifest, "shards.parquet")
         table = read_table(uri)
-        found = corpus_digest(self.class_names, self.splits, table)
+        found = corpus_digest(self.class_names, self.splits, table, **self._digested())
         if found != self.digest:
             raise ManifestError(
                 f"{uri} is damaged: it belongs to digest {found[:12]}, not {self.digest[:12]}; shard again"
             )
         return table
 
+    def _digested(self) -> dict[str, Any]:
+        return {
+            "multi_label": self.head.multi_label,
+            "label_maps": [source.labels for source in self.head.sources],
+        }
+
     @cached_property
     def shards(self) -> list[Shard]:
         columns = [self.table[name].to_pylist() for name in ("name", "split", "bytes", "samples", "sha256")]
         return [Shard(*row) for row in zip(*columns, strict=True)]
 
-    @cached_property
-    def _names(self) -> list[str]:
-        return list(self.table["name"].to_pylist())
-
     def shard_uri(self, shard: int) -> str:
-        return store.join(self.uri, "shards", self._names[shard])
+        layout = self.layout
+        place = layout.uri[shard].as_py() if layout.uri is not None else None
+        place = place or f"shards/{layout.name[shard].as_py()}"
+        return place if store.is_s3(place) or place.startswith("/") else store.join(self.uri, place)
 
     def pages(self, split: str) -> Pages:
         self._check_split(split)
-        counts, offset, length, rows = page_arrays(self.table)
-        starts = np.cumsum(rows, dtype=np.int64) - rows
-        shard = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-        chosen = np.isin(shard, np.flatnonzero(np.asarray(self.table["split"].to_pylist(), dtype=object) == split))
-        return Pages(shard[chosen], offset[chosen], length[chosen], rows[chosen].astype(np.int32), starts[chosen])
+        shards = self.layout.shards_of(list(self.splits).index(split))
+        return Pages(self.layout, shards, self.first_sample(split))
 
     def first_sample(self, split: str) -> int:
         """Sample id of the split's first row."""
@@ -165,29 +129,19 @@ class Corpus:
 
     def samples(self, split: str) -> pa.Table:
         """The sample table of a split, in order of the sample ids. Read on demand; training never needs it."""
-        import pyarrow as pa
+        from pipelines.corpus.rows import sample_rows
 
-        low = self.first_sample(split)
-        high = low + self.splits[split]
-        folder = store.join(manifest_uri(self.uri, self.digest), "samples")
-        uris = [info.uri for info in store.list_objects(folder) if info.uri.endswith(".parquet")]
-        firsts = [int(Path(uri).stem) for uri in uris]
-        lasts = [*firsts[1:], self.head.samples]
-        tables = []
-        for uri, first, last in zip(uris, firsts, lasts, strict=True):
-            if first < high and last > low:
-                part = read_table(uri)
-                tables.append(part.slice(max(low - first, 0), min(high, last) - max(low, first)))
-        table = pa.concat_tables(tables)
-        if table.num_rows != high - low:
-            raise ManifestError(
-                f"{folder}: {table.num_rows:,} rows for {high - low:,} samples of {split!r}; shard again"
-            )
-        return table
+        self._check_split(split)
+        return sample_rows(self, split)
+
+    def source(self, number: int) -> Corpus:
+        """One of the versions whose shards this one lists."""
+        source = self.head.sources[number]
+        return open_corpus(f"{source.uri or self.uri}@{source.digest}")
 
     def quarantine(self) -> pa.Table:
         """Every image that was left out: key, source, reason, detail."""
-        return read_table(store.join(manifest_uri(self.uri, self.digest), "quarantine.parquet"))
+        return read_table(store.join(self.manifest, "quarantine.parquet"))
 
     def _check_split(self, split: str) -> None:
         if split not in self.splits:
@@ -197,37 +151,27 @@ class Corpus:
 # Tables and digests -------------------------------------------------------------------------------------------------
 
 
-def read_table(uri: str) -> pa.Table:
+def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """A Parquet object, or those of `columns` that it has. Raises ManifestError."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        return pq.read_table(pa.BufferReader(store.read(uri)))
+        with pq.ParquetFile(pa.BufferReader(store.read(uri))) as file:
+            return file.read(None if columns is None else [name for name in columns if name in file.schema_arrow.names])
     except store.NotFound:
         raise ManifestError(f"{uri} is missing; shard again, the corpus is incomplete") from None
     except pa.ArrowInvalid as error:
         raise ManifestError(f"{uri} is damaged ({error}); shard again") from None
 
 
-def page_arrays(table: pa.Table) -> tuple[np.ndarray[Any, Any], ...]:
-    """Pages per shard, then offset, length and rows of every page, laid end to end."""
-    import pyarrow.compute as pc
+def corpus_digest(class_names: Sequence[str], splits: Mapping[str, int], table: pa.Table, **more: Any) -> str:
+    """`layout.digest_shards` over a shard table in memory."""
 
-    counts = pc.list_value_length(table["page_rows"]).to_numpy()
-    columns = (pc.list_flatten(table[f"page_{name}"]).to_numpy() for name in ("offset", "length", "rows"))
-    return (counts.astype(np.int64), *(column.astype(np.int64) for column in columns))
+    def chunks(names: Sequence[str]) -> list[pa.Table]:
+        return [table.select(names)] if set(names) <= set(table.column_names) else []
 
-
-def corpus_digest(class_names: Sequence[str], splits: Mapping[str, int], table: pa.Table) -> str:
-    """sha256 over classes, splits, and each shard's sha256, split, rows and page table, in manifest order."""
-    head = {"schema": SCHEMA, "classes": list(class_names), "splits": [[name, n] for name, n in splits.items()]}
-    total = hashlib.sha256(canonical(head).encode())
-    columns = [table[name].to_pylist() for name in ("sha256", "split", "samples")]
-    for sha256, split, samples in zip(*columns, strict=True):
-        total.update(f"\n{sha256} {split} {samples}".encode())
-    for array in page_arrays(table):
-        total.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
-    return total.hexdigest()
+    return digest_shards(class_names, splits, chunks, **more)
 
 
 # References ---------------------------------------------------------------------------------------------------------

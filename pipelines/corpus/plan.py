@@ -20,6 +20,7 @@ from pipelines.corpus.commit import order_splits
 from pipelines.corpus.errors import CorpusError, SourceError
 from pipelines.corpus.fetch import Planned
 from pipelines.corpus.quarantine import Rejected
+from pipelines.corpus.ranged import open_object
 from pipelines.corpus.sources import Entries
 from pipelines.corpus.tar import sample_key
 from pipelines.identity import canonical
@@ -36,11 +37,12 @@ __all__ = [
     "freeze",
     "load_plan",
     "make_plan",
+    "mix",
     "permutation",
 ]
 
 Validate = Literal["header", "decode"]
-PLAN_VERSION = 1  # Raised when the same source and recipe would give other shards.
+PLAN_VERSION = 2  # Raised when the same source and recipe would give other shards.
 PART_SHARDS = 64  # Shards of one part of the listing; a worker reads the footer of its part and its own row group.
 U64 = np.dtype(np.uint64)
 
@@ -52,6 +54,7 @@ class PlannedShard:
     name: str
     rows: int
     bytes: int  # Of source.
+    times: int = 1  # How often each of its samples comes per epoch.
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,8 @@ class Plan:
     shards: tuple[PlannedShard, ...]
     rejected: tuple[Rejected, ...]  # Found by listing alone; no shard knows them.
     ignored: dict[str, int]
+    multi_label: bool = False
+    resize: dict[str, Any] | None = None  # Fields of resize.ResizeConfig.
 
     @property
     def base(self) -> str:
@@ -78,44 +83,16 @@ class Plan:
         import pyarrow.parquet as pq
 
         uri = store.join(self.uri, "listing", f"{number // PART_SHARDS:06d}.parquet")
-        info = store.stat(uri)
-        with pq.ParquetFile(_Object(uri, info.size)) as file:
+        with pq.ParquetFile(open_object(uri)) as file:
             table = file.read_row_group(number % PART_SHARDS)
-        columns = (table[field.name].to_pylist() for field in dataclasses.fields(Planned))
-        return [Planned(*row) for row in zip(*columns, strict=True)]
-
-
-class _Object(io.RawIOBase):
-    """Read-only file over store.read, for the footer and one row group of a Parquet object."""
-
-    def __init__(self, uri: str, size: int) -> None:
-        self._uri, self._size, self._position = uri, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence] + offset
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        length = min(len(buffer), self._size - self._position)
-        data = store.read(self._uri, self._position, length) if length > 0 else b""
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
+        names = [field.name for field in dataclasses.fields(Planned) if field.name in table.column_names]
+        return [Planned(*row) for row in zip(*(table[name].to_pylist() for name in names), strict=True)]
 
 
 # Pure laws ----------------------------------------------------------------------------------------------------------
 
 
-def _mix(x: np.ndarray[Any, np.dtype[np.uint64]]) -> np.ndarray[Any, np.dtype[np.uint64]]:
+def mix(x: np.ndarray[Any, np.dtype[np.uint64]]) -> np.ndarray[Any, np.dtype[np.uint64]]:
     """splitmix64 (Steele, Lea, Flood 2014): a bijection of 64-bit numbers that looks random. Never changes."""
     with np.errstate(over="ignore"):
         x = x + U64.type(0x9E3779B97F4A7C15)
@@ -126,7 +103,7 @@ def _mix(x: np.ndarray[Any, np.dtype[np.uint64]]) -> np.ndarray[Any, np.dtype[np
 
 def permutation(keys: np.ndarray[Any, np.dtype[np.uint64]], seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """An order that depends on each key and the seed alone, so new samples never change how old ones compare."""
-    mixed = _mix(keys ^ _mix(np.array([seed % 2**64], np.uint64)))
+    mixed = mix(keys ^ mix(np.array([seed % 2**64], np.uint64)))
     return np.argsort(mixed, kind="stable")
 
 
@@ -188,6 +165,8 @@ def make_plan(
     splits: Mapping[str, float] | None,
     classes: Sequence[str] | None,
     validate: Validate,
+    shuffle: bool = False,
+    resize: Mapping[str, Any] | None = None,
 ) -> tuple[Plan, pa.Table]:
     """Decide every shard. Returns the plan and its listing (Planned rows plus the shard number), not yet written."""
     import pyarrow as pa
@@ -197,23 +176,33 @@ def make_plan(
             f"source {source} names its classes {', '.join(entries.class_names)}, the recipe {', '.join(classes)};"
             " leave `classes` out, or take the file with the names out of the source"
         )
-    class_names, labels = name_classes(entries.label, classes or entries.class_names, source)
+    flat = [one for several in entries.label for one in several] if entries.multi_label else entries.label
+    class_names, labels = name_classes(flat, classes or entries.class_names, source)
+    if kind == "tars" and shuffle:
+        kind = "tars_shuffled"
     keys = np.array([int(sample_key(path), 16) for path in entries.path], np.uint64)
     if len(np.unique(keys)) < len(keys):
         raise CorpusError(f"source {source}: two paths have the same 64-bit key; rename one of them")
     names, split = _splits(entries.split, keys, splits, source)
     sizes = np.asarray(entries.size, np.int64)
     order = permutation(keys, seed) if kind != "tars" else _tar_order(entries, seed)
+    times = np.asarray(entries.times or np.ones(len(entries)), np.uint8)
 
     chosen: list[np.ndarray[Any, Any]] = []
-    shards: list[tuple[str, int, int]] = []
+    shards: list[tuple[Any, ...]] = []
     for number, name in enumerate(names):
-        own = order[split[order] == number]
-        numbers = cut(sizes[own], shard_bytes)
-        for rows in np.split(own, np.flatnonzero(np.diff(numbers)) + 1):
-            chosen.append(rows)
-            shards.append((name, len(rows), int(sizes[rows].sum())))
+        for often in np.unique(times).tolist():  # Pages come a whole number of times, with all their samples.
+            own = order[(split[order] == number) & (times[order] == often)]
+            numbers = cut(sizes[own], shard_bytes)
+            for rows in np.split(own, np.flatnonzero(np.diff(numbers)) + 1):
+                if len(rows):
+                    chosen.append(rows)
+                    shards.append((name, len(rows), int(sizes[rows].sum()), *([often] if often > 1 else [])))
     rows = np.concatenate(chosen)
+    several: dict[str, Any] = {}
+    if entries.multi_label:
+        several["labels"] = _lists(entries.label, labels).take(rows)
+        labels = np.full(len(entries), -1, np.int32)
     listing = pa.table(
         {
             "path": pa.array(entries.path).take(rows),
@@ -222,10 +211,12 @@ def make_plan(
             "size": pa.array(sizes).take(rows),
             "etag": pa.array(entries.etag).take(rows),
             "label": pa.array(labels).take(rows),
-            "shard": pa.array(np.repeat(np.arange(len(shards), dtype=np.int32), [count for _, count, _ in shards])),
+            **several,
+            "shard": pa.array(np.repeat(np.arange(len(shards), dtype=np.int32), [shard[1] for shard in shards])),
         }
     )
-    digest = _digest(listing, kind, class_names, validate, shards)
+    more = {"resize": dict(resize)} if resize else {}
+    digest = _digest(listing, [PLAN_VERSION, kind, list(class_names), validate, [list(s) for s in shards], more])
     return (
         Plan(
             uri=store.join(base, "plans", digest),
@@ -234,11 +225,13 @@ def make_plan(
             validate=validate,
             class_names=class_names,
             shards=tuple(
-                PlannedShard(number, name, f"{name}-{digest[:12]}-{number:06d}.tar", count, size)
-                for number, (name, count, size) in enumerate(shards)
+                PlannedShard(number, name, f"{name}-{digest[:12]}-{number:06d}.tar", count, size, *often)
+                for number, (name, count, size, *often) in enumerate(shards)
             ),
             rejected=tuple(entries.rejected),
             ignored=dict(sorted(entries.ignored.items())),
+            multi_label=entries.multi_label,
+            resize=dict(resize) if resize else None,
         ),
         listing,
     )
@@ -280,12 +273,18 @@ def _tar_order(entries: Entries, seed: int) -> np.ndarray[Any, np.dtype[np.int64
     return np.lexsort((np.asarray(entries.offset), [rank[uri] for uri in entries.uri]))
 
 
-def _digest(
-    listing: pa.Table, kind: str, class_names: Sequence[str], validate: str, shards: Sequence[tuple[str, int, int]]
-) -> str:
-    head = [PLAN_VERSION, kind, list(class_names), validate, [list(shard) for shard in shards]]
+def _lists(given: Sequence[Sequence[Any]], flat: np.ndarray[Any, np.dtype[np.int32]]) -> pa.Array:
+    """The labels of each sample as numbers, in order."""
+    import pyarrow as pa
+
+    ends = np.cumsum([len(labels) for labels in given])
+    return pa.array([sorted(part.tolist()) for part in np.split(flat, ends[:-1])], pa.list_(pa.int32()))
+
+
+def _digest(listing: pa.Table, head: Sequence[Any]) -> str:
     total = hashlib.sha256(canonical(head).encode())
-    columns = [listing[name].to_pylist() for name in ("path", "offset", "size", "etag", "label")]
+    label = "labels" if "labels" in listing.column_names else "label"
+    columns = [listing[name].to_pylist() for name in ("path", "offset", "size", "etag", label)]
     for row in zip(*columns, strict=True):
         total.update("\n{}\0{}\0{}\0{}\0{}".format(*row).encode())
     return total.hexdigest()

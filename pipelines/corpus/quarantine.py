@@ -12,7 +12,7 @@ from pipelines.corpus.errors import QuarantineError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["NOTES", "REASONS", "Rejected", "check_fraction", "count_reasons", "quarantine_table"]
+__all__ = ["NOTES", "REASONS", "Rejected", "bad_fraction", "check_fraction", "count_reasons", "quarantine_table"]
 
 REASONS = {
     "empty": "the file has no bytes",
@@ -26,8 +26,16 @@ REASONS = {
     "unreadable": "the file system gives an error, or no permission",
     "missing_label": "in no class folder, or without a label",
     "missing_image": "a sample of a tar without an image",
-    "bad_name": "the file name is not UTF-8",
+    "bad_name": "the file name is not UTF-8, or leaves the archive",
+    "duplicate_member": "a sample of a tar with two members of one extension",
+    "dotted_key": "a sample of a tar whose key has a dot, at which readers cut it",
+    "scattered_key": "a sample of a tar whose members do not lie together",
+    "repeated_key": "a second sample of one key in one tar",
+    "oversized": "a sample of a tar whose members are too long together for one read",
+    "duplicate": "the same bytes as another image that is kept",
+    "withdrawn": "on a list given to `vit corpus exclude`",
 }
+BY_CHOICE = frozenset({"duplicate", "withdrawn"})  # Good images: they do not count for max_bad_fraction.
 
 # Kept as they are; readers convert them by the rules of vit_model.preprocess.
 NOTES = {
@@ -36,6 +44,7 @@ NOTES = {
     "alpha": "transparency",
     "exif_rotated": "turned by its EXIF tag",
     "renamed": "another format than the file name says",
+    "resized": "made smaller, as the recipe says",
 }
 
 
@@ -51,6 +60,12 @@ class Rejected:
 
 def count_reasons(rejected: Iterable[Rejected]) -> dict[str, int]:
     return dict(sorted(Counter(item.reason for item in rejected).items()))
+
+
+def bad_fraction(rejected: Sequence[Rejected], kept: int) -> float:
+    """Bad images as a fraction of all; `kept` counts those that lie in tars, also if they were left out by choice."""
+    bad = sum(item.reason not in BY_CHOICE for item in rejected)
+    return round(bad / (kept + bad), 6) if bad else 0.0
 
 
 def check_fraction(rejected: Sequence[Rejected], total: int, max_bad_fraction: float) -> None:

@@ -44,7 +44,8 @@ def _write_shard(
 ) -> ShardRecord:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "shard.tar"
-        with path.open("wb") as file, ShardWriter(file) as writer:
+        with path.open("wb") as file:
+            writer = ShardWriter(file)
             for source, name, data in rows:
                 facts = inspect_image(data)
                 writer.add(

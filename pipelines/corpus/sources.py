@@ -1,4 +1,4 @@
-"""Where images come from: class folders (local or in a bucket), IDX files, WebDataset tars.
+"""Where images come from: class folders (local or in a bucket), a list, IDX files, WebDataset tars, another corpus.
 
 `open_source` lists and decides the kind; `Source.entries` says what each sample is, as columns for the plan.
 """
@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from pipelines.corpus.errors import SourceError
 from pipelines.corpus.listing import SourceFile, list_files, listing_digest
@@ -18,7 +18,7 @@ from pipelines.corpus.tar import sample_key
 
 __all__ = ["Entries", "Source", "open_source", "split_from_name"]
 
-Kind = Literal["files", "idx", "tars"]
+Kind = Literal["files", "list", "idx", "tars", "corpus"]
 SPLIT_NAMES = {
     "train": "train",
     "training": "train",
@@ -29,6 +29,7 @@ SPLIT_NAMES = {
     "testing": "test",
     "t10k": "test",  # MNIST's own name of its test set.
 }
+VERSION = re.compile(r"@(current|[0-9a-f]{12,64})$")  # The source is a corpus.
 IMAGE_NAMES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
@@ -42,7 +43,9 @@ class Entries:
     size: list[int] = field(default_factory=list)  # Source bytes.
     etag: list[str] = field(default_factory=list)
     split: list[str | None] = field(default_factory=list)  # None: the source does not say.
-    label: list[str | int] = field(default_factory=list)  # Class name, or its number.
+    label: list[Any] = field(default_factory=list)  # Class name, or its number; with multi_label a tuple of them.
+    times: list[int] = field(default_factory=list)  # How often each comes per epoch, of another corpus; empty: once.
+    multi_label: bool = False
     class_names: tuple[str, ...] | None = None  # Where labels are numbers and the source names them.
     rejected: list[Rejected] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
@@ -50,7 +53,7 @@ class Entries:
     def __len__(self) -> int:
         return len(self.path)
 
-    def add(self, path: str, uri: str, offset: int, size: int, etag: str, split: str | None, label: str | int) -> None:
+    def add(self, path: str, uri: str, offset: int, size: int, etag: str, split: str | None, label: Any) -> None:
         self.path.append(path)
         self.uri.append(uri)
         self.offset.append(offset)
@@ -70,12 +73,16 @@ class Source:
     kind: Kind
     files: list[SourceFile]
     ignored: dict[str, int]
+    rows: Any = None  # Of a list; the corpus that is read.
 
     @property
     def digest(self) -> str:
+        if self.kind == "corpus":
+            return str(self.rows.digest)
         return listing_digest(self.kind, self.files)
 
-    def entries(self) -> Entries:
+    def entries(self, *, min_classes: int = 2, num_workers: int | None = 0) -> Entries:
+        """`num_workers`: tars indexed at a time, as in `map_items`."""
         match self.kind:
             case "idx":
                 from pipelines.corpus.idx import idx_entries
@@ -84,18 +91,35 @@ class Source:
             case "tars":
                 from pipelines.corpus.tars import tar_entries
 
-                entries = tar_entries(self.files)
+                entries = tar_entries(self.files, num_workers)
+            case "list":
+                from pipelines.corpus.lists import list_entries
+
+                entries = list_entries(*self.rows)
+            case "corpus":
+                from pipelines.corpus.recast import corpus_entries
+
+                entries = corpus_entries(self.rows)
             case "files":
                 entries = _folder_entries(self.uri, self.files)
         entries.ignored.update(self.ignored)
-        _check(self.uri, entries)
+        _check(self.uri, entries, min_classes)
         return entries
 
 
 def open_source(uri: str) -> Source:
     """List a source and see what it is. Raises SourceError."""
-    files, ignored = list_files(uri)
     from pipelines.corpus.idx import is_idx
+    from pipelines.corpus.lists import is_list, list_files_of
+
+    if VERSION.search(uri):
+        from pipelines.corpus.manifest import open_corpus
+
+        return Source(uri, "corpus", [], {}, open_corpus(uri))
+    if is_list(uri):
+        listed, rows, found = list_files_of(uri)
+        return Source(uri, "list", [listed, *(file for file in found if not isinstance(file, str))], {}, (rows, found))
+    files, ignored = list_files(uri)
 
     tars = [file for file in files if file.path.endswith(".tar")]
     idx = [file for file in files if is_idx(file.path)]
@@ -157,11 +181,12 @@ def _is_utf8(path: str) -> bool:
     return True
 
 
-def _check(uri: str, entries: Entries) -> None:
+def _check(uri: str, entries: Entries, min_classes: int) -> None:
     if not len(entries):
         reasons = Counter(item.reason for item in entries.rejected)
         raise SourceError(f"source {uri} gives no sample ({dict(reasons)}); images lie in one folder per class")
-    if len(names := set(entries.label)) < 2:
+    labels = (label for labels in entries.label for label in labels) if entries.multi_label else entries.label
+    if len(names := set(labels)) < min_classes:
         raise SourceError(
             f"source {uri} has one class only ({', '.join(map(str, names))}); a classifier needs two or more:"
             " the source is the folder above the class folders"

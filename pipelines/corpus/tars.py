@@ -9,13 +9,19 @@ import io
 import json
 import logging
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any
 
+from pipelines import store
 from pipelines.corpus.errors import SourceError
 from pipelines.corpus.fetch import read_source
 from pipelines.corpus.images import ImageRejected
 from pipelines.corpus.listing import SourceFile
+from pipelines.corpus.parallel import map_items
+from pipelines.corpus.quarantine import Rejected
+from pipelines.corpus.ranged import RangedFile
 from pipelines.corpus.sources import SPLIT_NAMES, Entries, split_from_name
 
 __all__ = ["tar_entries"]
@@ -24,50 +30,39 @@ log = logging.getLogger(__name__)
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 LABEL_BYTES = 1 << 20  # A .cls or .json beyond this is no label.
 BLOCK = 512
+COLUMNS = ("path", "uri", "offset", "size", "etag", "split", "label")
+FEWEST_TARS = 8  # With fewer it is not worth while to ask the cluster.
 BUFFER = 8 << 20  # One ranged request; headers of small samples lie close together.
 
 
-class _Ranged(io.RawIOBase):
-    """A source object as a seekable file."""
-
-    def __init__(self, file: SourceFile) -> None:
-        self._file, self._position = file, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._file.size}[whence]
-        self._position = base + offset
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        length = min(len(buffer), self._file.size - self._position)
-        if length <= 0:
-            return 0
-        data = read_source(self._file.uri, self._file.etag, self._position, length)
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
-
-
-def tar_entries(files: Sequence[SourceFile]) -> Entries:
+def tar_entries(files: Sequence[SourceFile], num_workers: int | None = 0) -> Entries:
+    """Pass one over the tars: which image lies where. On any CPU of the cluster unless `num_workers` is 0."""
     entries = Entries()
     tars = [file for file in files if file.path.endswith(".tar")]
     entries.ignored["other"] = len(files) - len(tars)
-    with ThreadPoolExecutor(8) as pool:
-        for part in pool.map(_one_tar, tars):
-            for name in ("path", "uri", "offset", "size", "etag", "split", "label", "rejected"):
-                getattr(entries, name).extend(getattr(part, name))
-            entries.ignored.update(part.ignored)
+    for part in _scanned(tars, num_workers):
+        for name in COLUMNS:
+            getattr(entries, name).extend(part[name])
+        entries.rejected += [Rejected(**item) for item in part["rejected"]]
+        entries.ignored.update(part["ignored"])
     entries.ignored += type(entries.ignored)()  # Drops zeros.
     return entries
+
+
+def _scanned(tars: Sequence[SourceFile], num_workers: int | None) -> Iterator[Mapping[str, Any]]:
+    """What each tar holds, in the order of the tars."""
+    items = [asdict(tar) for tar in tars]
+    if num_workers == 0 or len(items) < FEWEST_TARS:
+        with ThreadPoolExecutor(8) as pool:
+            yield from pool.map(_scan, items)
+        return
+    yield from (part for _, part in sorted(map_items(_scan, items, num_workers=num_workers), key=lambda done: done[0]))
+
+
+def _scan(item: Mapping[str, Any]) -> dict[str, Any]:
+    found = _one_tar(SourceFile(**item))
+    columns = {name: getattr(found, name) for name in COLUMNS}
+    return columns | {"rejected": [asdict(one) for one in found.rejected], "ignored": dict(found.ignored)}
 
 
 def _one_tar(file: SourceFile) -> Entries:
@@ -77,7 +72,9 @@ def _one_tar(file: SourceFile) -> Entries:
     sample: dict[str, tarfile.TarInfo] = {}
     prefix: str | None = None
     try:
-        raw = io.BufferedReader(_Ranged(file), BUFFER)
+        ranged = RangedFile(file.size, lambda start, length: read_source(file.uri, file.etag, start, length))
+        # Of a local file the headers alone are read; in a bucket a request costs more than the bytes between them.
+        raw = io.BufferedReader(ranged, BUFFER if store.is_s3(file.uri) else 2 * BLOCK)
         with tarfile.open(fileobj=raw, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every member it has seen

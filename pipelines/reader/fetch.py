@@ -34,10 +34,12 @@ class PageSpan:
     shard_bytes: int  # Size of the shard in the manifest.
     offset: int  # Bytes.
     length: int  # Bytes.
-    num_rows: int  # Rows of the whole page.
+    num_rows: int  # Samples of the whole page.
     first_id: int  # sample_id of the page's row 0.
     first: int
     last: int
+    chosen: tuple[int, ...] | None = None  # Samples of the page that are rows, in their order; None: all of them.
+    source: int = -1  # Of the corpus: whose tar it is; -1: its own.
 
 
 class Page(NamedTuple):

@@ -22,6 +22,7 @@ from pipelines.reader.fetch import PageSpan
 from pipelines.reader.levels import changes_of
 from pipelines.reader.order import Order, OrderError, PageRows, Window, lanes_of_rank
 from pipelines.reader.rows import Item, Job
+from pipelines.reader.selection import check_single_label, label_sources
 from pipelines.reader.stream import BatchStream, ReaderStats
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ def train_batches(
     `pinned`: images in page-locked memory, from which a GPU copies by itself. `DeviceBatches` takes it from there.
     """
     reader = reader or ReaderConfig()
+    check_single_label(corpus)
     pages = corpus.pages(split)
     lanes = choose_lanes(pages, batch_size, max_workers, lanes)
     law.check_lanes(lanes, batch_size, world_size)
@@ -106,7 +108,16 @@ def train_batches(
     mine = lanes_of_rank(lanes, rank, world_size)
     locate = _Pages(corpus, pages)
     items = (locate.item(window) for window in order.windows(mine, start_step, total_steps))
-    job = Job(seed, spec, augment, len(corpus.class_names), reader.on_bad, choose(reader.engine))
+    job = Job(
+        seed,
+        spec,
+        augment,
+        len(corpus.class_names),
+        reader.on_bad,
+        corpus=corpus.reference,
+        sources=label_sources(corpus),
+        engine=choose(reader.engine),
+    )
     return _stream(
         reader,
         job,
@@ -139,6 +150,7 @@ def eval_batches(
     if batch_size < 1 or batch_size % world_size:
         raise OrderError(f"batch_size={batch_size} is not divisible by {world_size} workers; use a multiple")
     lanes_of_rank(world_size, rank, world_size)
+    check_single_label(corpus)
     pages = corpus.pages(split)
     ends = np.cumsum(pages.rows, dtype=np.int64)
     total = int(ends[-1])
@@ -146,7 +158,15 @@ def eval_batches(
     size = batch_size // world_size
     longest = -(-total // world_size)
     locate = _Pages(corpus, pages)
-    job = Job(0, spec, None, len(corpus.class_names), reader.on_bad)
+    job = Job(
+        0,
+        spec,
+        None,
+        len(corpus.class_names),
+        reader.on_bad,
+        corpus=corpus.reference,
+        sources=label_sources(corpus),
+    )
     return _stream(
         reader,
         job,
@@ -192,20 +212,21 @@ class _Pages:
 
     def __init__(self, corpus: Corpus, pages: Pages) -> None:
         self._corpus, self._pages = corpus, pages
-        self._shards = corpus.shards
+        self._layout = corpus.layout
 
     def span(self, rows: PageRows) -> PageSpan:
-        pages, page = self._pages, rows.page
-        shard = int(pages.shard[page])
+        page, layout = self._pages[rows.page], self._layout
         return PageSpan(
-            uri=self._corpus.shard_uri(shard),
-            shard_bytes=self._shards[shard].bytes,
-            offset=int(pages.offset[page]),
-            length=int(pages.length[page]),
-            num_rows=int(pages.rows[page]),
-            first_id=int(pages.first_row[page]),
+            uri=self._corpus.shard_uri(page.shard),
+            shard_bytes=int(layout.bytes[page.shard]),
+            offset=page.offset,
+            length=page.length,
+            num_rows=page.tar_rows,
+            first_id=page.first_row,
             first=rows.first,
             last=rows.last,
+            chosen=page.chosen,
+            source=-1 if layout.source is None else int(layout.source[page.shard]),
         )
 
     def item(self, window: Window) -> Item:

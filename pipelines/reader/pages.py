@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipelines.reader.fetch import PageSpan
+from pipelines.reader.labels import find_label
 from pipelines.reader.tar import TarSample, walk
 
 __all__ = ["IMAGE_EXTENSIONS", "Sample", "SampleError", "samples_of_page"]
 
 IMAGE_EXTENSIONS = ("jpg", "png", "webp", "jpeg")
-LABEL_EXTENSION = "cls"
 NOTHING = memoryview(b"")
 
 
@@ -28,10 +28,10 @@ class Sample:
     fault: str = ""
 
 
-def samples_of_page(span: PageSpan, page: memoryview, num_classes: int) -> list[Sample]:
-    """One entry for each row of the page, whatever its state."""
+def samples_of_page(span: PageSpan, page: memoryview, num_classes: int, corpus: str = "") -> list[Sample]:
+    """One entry for each sample of the page, whatever its state. `corpus`: the manifest that names the classes."""
     found, problem = walk(page)
-    samples = [_sample(sample, page, span.uri, num_classes) for sample in found]
+    samples = [_sample(sample, page, span.uri, num_classes, corpus) for sample in found]
     if len(samples) > span.num_rows or (problem is None and len(samples) < span.num_rows):
         raise SampleError(
             f"{span.uri}: the page at byte {span.offset:,} holds {len(samples)} samples, the manifest says "
@@ -43,7 +43,7 @@ def samples_of_page(span: PageSpan, page: memoryview, num_classes: int) -> list[
     return samples
 
 
-def _sample(found: TarSample, page: memoryview, uri: str, num_classes: int) -> Sample:
+def _sample(found: TarSample, page: memoryview, uri: str, num_classes: int, corpus: str) -> Sample:
     sample = Sample(name=f"{uri}, sample {found.key}")
     for extension in IMAGE_EXTENSIONS:
         image = found.members.get(extension)
@@ -53,11 +53,8 @@ def _sample(found: TarSample, page: memoryview, uri: str, num_classes: int) -> S
     else:
         sample.fault = f"missing_image: {sample.name} has members {sorted(found.members)}"
         return sample
-    label = found.members.get(LABEL_EXTENSION)
-    text = bytes(page[label[0] : label[0] + label[1]]) if label else b""
-    if text.isdigit() and int(text) < num_classes:
-        sample.label = int(text)
-    else:
-        reason = "bad_label" if label else "missing_label"
-        sample.fault = f"{reason}: {sample.name}: {text[:20]!r} of {num_classes} classes"
+    sample.label, problem = find_label(found, page, num_classes, corpus)
+    if problem:
+        reason, _, text = problem.partition(": ")
+        sample.fault = f"{reason}: {sample.name}: {text}"
     return sample

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -21,6 +21,7 @@ from pipelines.reader.engines import Engine, require
 from pipelines.reader.fetch import PageSpan, fetch
 from pipelines.reader.order import permutation
 from pipelines.reader.pages import Sample, SampleError, samples_of_page
+from pipelines.reader.selection import LabelSource, select
 
 if TYPE_CHECKING:
     from vit_model.preprocess import InputSpec
@@ -43,6 +44,8 @@ class Job:
     num_classes: int
     on_bad: Literal["mask", "fail"] = "mask"
     engine: Engine | None = None  # Training: what decodes, here and on every node; None: the wheels, unchecked.
+    corpus: str = ""  # Reference of the manifest: its class names, where tars name the class instead of numbering it.
+    sources: tuple[LabelSource, ...] = ()  # Label spaces of the tars, where they are not the corpus' own.
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -52,6 +55,13 @@ class Job:
     @property
     def image_bytes(self) -> int:
         return math.prod(self.shape)
+
+    def inside(self, source: int) -> tuple[Job, tuple[int, ...] | None]:
+        """The same job in the label space of a tar, and the way back."""
+        if source < 0:
+            return self, None
+        space = self.sources[source]
+        return replace(self, num_classes=space.num_classes, corpus=space.corpus), space.labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +125,9 @@ def read_files(job: Job, item: Item) -> Rows:
     samples: list[Sample] = []
     ids: list[NDArray[np.int64]] = []
     for span, page in zip(item.pages, pages, strict=True):
-        samples += samples_of_page(span, page.data, job.num_classes)[span.first : span.last]
+        own, labels = job.inside(span.source)
+        found = samples_of_page(span, page.data, own.num_classes, own.corpus)
+        samples += select(found, span.chosen, labels)[span.first : span.last]
         ids.append(np.arange(span.first_id + span.first, span.first_id + span.last, dtype=np.int64))
     order = (
         permutation(job.seed, item.epoch, item.lane, item.window, len(samples))

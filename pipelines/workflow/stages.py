@@ -17,6 +17,9 @@ __all__ = ["STAGES", "exit_code", "nearest", "recipe_class", "stage_run"]
 # Stage NAME is the module pipelines.NAME with `VERSION`, `run` and the class NameRecipe. In the order of the flow.
 STAGES: Mapping[str, str] = {
     "shard": "raw images (class folders, IDX files, a bucket) -> a corpus: tars and a manifest",
+    "index": "WebDataset tars that others wrote -> a corpus, in place: a manifest beside them",
+    "subset": "a part of a corpus, or one with rare classes repeated -> a corpus",
+    "mix": "several corpora with their weights and label spaces -> a corpus",
     "pretrain": "a corpus -> weights, trained on the Ray cluster",
     "finetune": "weights + a corpus, at a higher resolution -> a model version in the registry",
     "evaluate": "a model version + the held-out split -> metrics with their intervals",

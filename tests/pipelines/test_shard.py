@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -136,6 +137,37 @@ def test_killed_at_any_moment_nothing_half_written_shows_and_the_same_command_en
     whole = make_corpus(recipe(source, tmp_path / "whole"))
     assert corpus.digest == whole.digest and files_of(base) == files_of(tmp_path / "whole")
     assert not [path for path in base.rglob("*") if store.TEMPORARY in path.name and path.suffix == ".json"]
+
+
+def test_killed_at_random_moments_again_and_again_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    source = class_folders(tmp_path / "s", {"cat": 150, "dog": 150})
+    base = tmp_path / "c"
+    whole = make_corpus(recipe(source, tmp_path / "whole"))
+    seed = time.time_ns() % 10_000
+    moments = random.Random(seed)
+    print(f"seed {seed}")
+    for _ in range(3):
+        before = len(list(base.glob("plans/*/shards/*.json")))
+        process = subprocess.Popen([sys.executable, "-c", KILLED, str(source), str(base)], cwd=ROOT)
+        wanted = before + moments.randint(0, 25)  # Of about 200 shards; then anywhere between two of them.
+        while process.poll() is None and len(list(base.glob("plans/*/shards/*.json"))) <= wanted:
+            time.sleep(moments.random() * 0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (base / "current.json").exists()
+    corpus = make_corpus(recipe(source, base))
+    assert corpus.digest == whole.digest and files_of(base) == files_of(tmp_path / "whole")
+
+
+def test_of_two_writers_to_one_destination_the_lease_lets_one_write(tmp_path: Path) -> None:
+    from pipelines.corpus.commit import one_writer
+
+    source = class_folders(tmp_path / "s", {"cat": 6, "dog": 6})
+    base = tmp_path / "c"
+    with one_writer(str(base)), pytest.raises(CorpusError, match=r"is held by process \d+ on .*which writes to it now"):
+        make_corpus(recipe(source, base))
+    assert not (base / "current.json").exists() and not (base / "plans").exists()
+    assert make_corpus(recipe(source, base)).splits == {"train": 12}
 
 
 def test_a_finished_shard_that_was_damaged_or_lost_is_made_again(tmp_path: Path) -> None:
@@ -270,7 +302,17 @@ def test_a_destination_that_cannot_be_written_is_said_before_any_work(tmp_path: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "s"]
 
 
+def test_a_shard_too_large_for_memory_goes_through_the_disk_and_has_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = class_folders(tmp_path / "s", {"cat": 20, "dog": 20})
+    before = make_corpus(recipe(source, tmp_path / "a"))
+    monkeypatch.setattr("pipelines.corpus.build.IN_MEMORY", 0)
+    assert make_corpus(recipe(source, tmp_path / "b")).digest == before.digest
+
+
 def test_a_full_disk_is_an_error_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.corpus.build.IN_MEMORY", 0)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=10 << 20))
     source = class_folders(tmp_path / "s", {"cat": 3, "dog": 3})
@@ -293,7 +335,8 @@ def test_a_full_disk_is_an_error_with_the_remedy(tmp_path: Path, monkeypatch: py
         ({"classes": ["a", "a"]}, "names 'a' twice"),
         ({"classes": ["a"]}, "needs two or more"),
         ({"validate": "deep"}, "validate"),
-        ({"resize": 256}, "resize: unknown key"),
+        ({"resize": 256}, "resize"),
+        ({"duplicates": "drop"}, "duplicates"),
     ],
 )
 def test_a_recipe_that_cannot_be_is_refused_before_anything_starts(settings: dict[str, Any], words: str) -> None:

@@ -9,10 +9,11 @@ import pyarrow as pa
 import pytest
 
 from pipelines import store
-from pipelines.corpus.commit import PART_ROWS, commit, current_etag, write_table
+from pipelines.corpus.commit import commit, current_etag, write_table
 from pipelines.corpus.errors import CorpusError
 from pipelines.corpus.images import ImageRejected
 from pipelines.corpus.manifest import Corpus, ManifestError, corpus_digest, open_corpus
+from pipelines.corpus.parts import PART_ROWS
 from pipelines.corpus.small import write_corpus
 
 from .inputs import picture
@@ -69,14 +70,15 @@ def test_pages_lead_to_the_bytes_of_their_samples(corpus: Corpus) -> None:
         assert len(table) == count == pages.rows.sum() and (pages.rows <= 4).all() and len(pages) > 3
         ids = [row["sample_id"] for row in table]
         assert ids == list(range(corpus.first_sample(split), corpus.first_sample(split) + count))
-        for page in range(len(pages)):
-            shard, offset, length = int(pages.shard[page]), int(pages.offset[page]), int(pages.length[page])
-            assert corpus.shards[shard].split == split
-            data = store.read(corpus.shard_uri(shard), offset, length)
+        for number in range(len(pages)):
+            page = pages[number]
+            assert corpus.shards[page.shard].split == split and page.chosen is None
+            assert page.rows == page.tar_rows == pages.rows[number]
+            data = store.read(corpus.shard_uri(page.shard), page.offset, page.length)
             with tarfile.open(fileobj=io.BytesIO(data)) as tar:
                 keys = list(dict.fromkeys(name.split(".")[0] for name in tar.getnames()))
-            first = int(pages.first_row[page]) - corpus.first_sample(split)
-            assert keys == [row["key"] for row in table[first : first + int(pages.rows[page])]]
+            first = page.first_row - corpus.first_sample(split)
+            assert keys == [row["key"] for row in table[first : first + page.rows]]
         seen += ids
     assert seen == list(range(60))
     with pytest.raises(ManifestError, match="no split 'dev'; it has train, val, test"):
@@ -85,7 +87,7 @@ def test_pages_lead_to_the_bytes_of_their_samples(corpus: Corpus) -> None:
 
 def test_the_sample_table_is_read_by_slices_of_several_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert PART_ROWS >= 100_000
-    monkeypatch.setattr("pipelines.corpus.commit.PART_ROWS", 22)
+    monkeypatch.setattr("pipelines.corpus.parts.PART_ROWS", 22)
     corpus = write_corpus(tmp_path / "c", images(), shard_samples=7)
     assert len(list(tmp_path.rglob("samples/*.parquet"))) > 2
     for split in corpus.splits:

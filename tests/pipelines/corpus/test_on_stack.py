@@ -46,6 +46,32 @@ def test_from_bucket_to_bucket_with_identity_and_tracking(tmp_path: Path, stack:
 
 
 @pytest.mark.stack
+def test_subset_mixture_and_growth_in_the_object_store(tmp_path: Path, stack: Any) -> None:
+    from pipelines import mix, subset
+    from pipelines.corpus.command import main
+    from pipelines.mix import MixPart, MixRecipe
+    from pipelines.subset import SubsetRecipe
+
+    name = f"test-views-{os.getpid()}-{time.time_ns()}"
+    folder = class_folders(tmp_path / "s", {"cat": 30, "dog": 30})
+    values = {"source": str(folder), "destination": name, "shard_bytes": 6000, "num_workers": 0}
+    first = shard.run(from_dict(ShardRecipe, values))
+    (folder / "dog" / "extra.png").write_bytes(picture(999))
+    grown = shard.run(from_dict(ShardRecipe, values | {"append": True}))
+    assert open_corpus(grown.uri).head.parent == open_corpus(first.uri).digest
+    assert open_corpus(grown.uri).splits == {"train": 61}
+    half = subset.run(SubsetRecipe(corpus=grown.uri, destination=f"{name}-half", fraction=0.5))
+    assert half.run_id and open_corpus(f"{name}-half@current").splits == {"train": 30}
+    assert subset.run(SubsetRecipe(corpus=grown.uri, destination=f"{name}-half", fraction=0.5)).reused
+    parts = {"all": MixPart(corpus=grown.uri, weight=1.0), "half": MixPart(corpus=half.uri, weight=1.0)}
+    mixed = open_corpus(mix.run(MixRecipe(corpora=parts, destination=f"{name}-mix")).uri)
+    assert mixed.splits["train"] in range(61 + 60, 61 + 63) and mixed.samples("train").num_rows == mixed.splits["train"]
+    (tmp_path / "list.txt").write_text("dog/extra.png\n")
+    assert main(["exclude", name, str(tmp_path / "list.txt")], lambda: None) == 0
+    assert open_corpus(f"{name}@current").splits == {"train": 60}
+
+
+@pytest.mark.stack
 @pytest.mark.parametrize("source", ["s3://no-such-bucket-here/x", "ROOT/no-such-prefix"])
 def test_a_wrong_bucket_or_prefix_is_said(source: str, stack: Any) -> None:
     with pytest.raises((SourceError, store.StoreError), match=r"does not exist|is empty|cannot list"):

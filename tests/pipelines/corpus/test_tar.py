@@ -5,7 +5,6 @@ import io
 import json
 import tarfile
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -68,10 +67,30 @@ def test_keys_have_no_dot_and_no_slash_at_which_foreign_readers_cut() -> None:
     assert len({sample_key(f"{i}") for i in range(10_000)}) == 10_000
 
 
-@pytest.mark.parametrize("samples", [1, 1025, 3000])
-def test_memory_of_the_writer_does_not_keep_members(samples: int) -> None:
-    writer = ShardWriter(io.BytesIO())
-    for i in range(samples):
-        writer.add(path=str(i), image=b"x", extension="png", width=1, height=1, label=0)
-    assert len(writer._tar.tarstream.members) <= 3 * 1024
-    assert writer.close().rows.num_rows == samples
+@settings(max_examples=30, deadline=None)
+@given(samples)
+def test_the_bytes_are_those_of_the_webdataset_writer_on_a_plain_tarfile(
+    rows: list[tuple[str, bytes, str, int]],
+) -> None:
+    from webdataset import TarWriter
+
+    sink = io.BytesIO()
+    with TarWriter(sink, user="vit", group="vit", mode=0o444, mtime=0, encoder=False) as tar:
+        tar.tarstream.format = tarfile.USTAR_FORMAT
+        for path, image, extension, label in rows:
+            described = {"path": path, "width": 3, "height": 2, "label": label}
+            text = json.dumps(described, sort_keys=True, separators=(",", ":")).encode()
+            tar.write({"__key__": sample_key(path), extension: image, "cls": str(label).encode(), "json": text})
+    assert write(rows)[0] == sink.getvalue()
+
+
+def test_several_labels_stand_in_json_alone_and_in_the_rows() -> None:
+    file = io.BytesIO()
+    writer = ShardWriter(file, multi_label=True)
+    writer.add(path="a.jpg", image=b"x", extension="jpg", width=1, height=1, label=[2, 0])
+    rows = writer.close().rows
+    assert rows["labels"].to_pylist() == [[2, 0]] and "label" not in rows.column_names
+    with tarfile.open(fileobj=io.BytesIO(file.getvalue())) as tar:
+        key = sample_key("a.jpg")
+        assert tar.getnames() == [f"{key}.jpg", f"{key}.json"]
+        assert json.loads(tar.extractfile(f"{key}.json").read())["labels"] == [2, 0]  # type: ignore[union-attr]

@@ -1,0 +1,144 @@
+"""New versions of a corpus from an old one: images added, images withdrawn. Old shards are not written again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from pipelines import store
+from pipelines.corpus.commit import Description, current_etag, make_current
+from pipelines.corpus.errors import CorpusError
+from pipelines.corpus.manifest import Corpus, open_corpus
+from pipelines.corpus.quarantine import Rejected
+from pipelines.corpus.rows import tar_rows
+from pipelines.corpus.selection import present
+from pipelines.corpus.sources import Entries
+from pipelines.corpus.tar import sample_key
+from pipelines.corpus.views import Part, write_view
+
+__all__ = ["exclude", "join_versions", "only_new", "quarantined", "versions"]
+
+
+def quarantined(corpus: Corpus) -> list[Rejected]:
+    """The quarantine of a version, to be handed on to the next one."""
+    labels = {name: number for number, name in enumerate(corpus.class_names)}
+    return [
+        Rejected(row["key"], row["source"], row["split"], labels.get(row["class"], -1), row["reason"], row["detail"])
+        for row in corpus.quarantine().to_pylist()
+    ]
+
+
+def exclude(reference: str, listed: Iterable[str], source: str = "") -> Corpus:
+    """Withdraw images, named by key or by relative path, as the new current version. Raises CorpusError."""
+    corpus = open_corpus(reference)
+    current = current_etag(corpus.uri)
+    wanted = {line.strip() for line in listed if line.strip()}
+    if not wanted:
+        raise CorpusError(f"{source or 'the list'} names no image; it takes a key or a relative path a line")
+    found: set[str] = set()
+    withdrawn: list[Rejected] = []
+    times: dict[str, Any] = {}
+    for split in corpus.splits:
+        times[split] = present(corpus, split)
+        first = 0
+        for table in tar_rows(corpus, split, ["key", "source", "label"]):
+            columns = {name: table[name].to_pylist() for name in table.column_names}
+            labels = columns.get("label", [-1] * table.num_rows)
+            for row, (key, path, label) in enumerate(zip(columns["key"], columns["source"], labels, strict=True)):
+                if not wanted.isdisjoint((key, path)):
+                    found |= wanted & {key, path}
+                    if times[split][first + row]:
+                        detail = f"listed in {source}" if source else "listed"
+                        withdrawn.append(Rejected(key, path, split, label, "withdrawn", detail))
+                        times[split] = _without(times[split], first + row)
+            first += table.num_rows
+    if missing := sorted(wanted - found):
+        raise CorpusError(
+            f"{len(missing):,} of {len(wanted):,} listed images are not in {corpus.reference}, such as {missing[0]!r};"
+            " a line is a key or a path as in the column `source` of the sample table"
+        )
+    if not withdrawn:
+        return corpus
+    described = Description(
+        class_names=corpus.class_names,
+        multi_label=corpus.head.multi_label,
+        noted=corpus.head.noted,
+        ignored=corpus.head.ignored,
+        parent=corpus.digest,
+        source=corpus.head.source,
+        recipe={"exclude": source},
+    )
+    made = write_view(corpus.uri, [Part(corpus, times)], described, [*quarantined(corpus), *withdrawn])
+    make_current(corpus.uri, made.digest, current)
+    return made
+
+
+def _without(times: np.ndarray, row: int) -> np.ndarray:
+    if not times.flags.writeable:
+        times = times.copy()
+    times[row] = 0
+    return times
+
+
+def only_new(entries: Entries, parent: Corpus) -> Entries:
+    """The entries whose paths the parent does not have yet; the others are counted."""
+    if entries.multi_label != parent.head.multi_label:
+        kinds = ["one label an image", "a list of labels an image"]
+        raise CorpusError(
+            f"the source has {kinds[entries.multi_label]}, {parent.reference} has {kinds[parent.head.multi_label]};"
+            " give the new images another destination"
+        )
+    there: set[str] = set()
+    for split in parent.splits:
+        for table in tar_rows(parent, split, ["key"]):
+            there.update(table["key"].to_pylist())
+    rows = [row for row, path in enumerate(entries.path) if sample_key(path) not in there]
+    entries.ignored["in_parent"] = len(entries) - len(rows)
+    for name in ("path", "uri", "offset", "size", "etag", "split", "label", "times"):
+        column = getattr(entries, name)
+        setattr(entries, name, [column[row] for row in rows] if column else column)
+    return entries
+
+
+def join_versions(parent: Corpus, added: Corpus) -> Corpus:
+    """Both as one version, the parent's shards first. Its classes keep their numbers, new ones follow."""
+    old, new = parent.head, added.head
+    seen = {item.source for item in quarantined(added)} | {
+        path
+        for split in added.splits
+        for table in tar_rows(added, split, ["source"])
+        for path in table["source"].to_pylist()
+    }
+    described = Description(
+        class_names=added.class_names,
+        multi_label=old.multi_label,
+        noted=_sum(old.noted, new.noted),
+        ignored=new.ignored,
+        duplicates=_sum(old.duplicates, new.duplicates),
+        parent=parent.digest,
+        source=new.source,
+        recipe=new.recipe,
+    )
+    # What was bad before and came again is listed as it is now.
+    rejected = [item for item in quarantined(parent) if item.source not in seen] + quarantined(added)
+    parts = [Part(one, dict.fromkeys(one.splits)) for one in (parent, added)]
+    return write_view(parent.uri, parts, described, rejected)
+
+
+def _sum(*counts: Any) -> dict[str, int]:
+    return {name: sum(one.get(name, 0) for one in counts) for name in sorted({name for one in counts for name in one})}
+
+
+def versions(name: str) -> Sequence[Corpus]:
+    """Every version of a corpus, parents before what grew from them, others by digest."""
+    newest = open_corpus(f"{name}@current")
+    folder = store.join(newest.uri, "manifests")
+    digests = [info.uri.split("/")[-2] for info in store.list_objects(folder) if info.uri.endswith("/head.json")]
+    found = {digest: open_corpus(f"{newest.uri}@{digest}") for digest in digests}
+
+    def depth(digest: str | None) -> int:
+        return 1 + depth(found[digest].head.parent) if digest in found else 0
+
+    return sorted(found.values(), key=lambda corpus: (depth(corpus.digest), corpus.digest))

@@ -1,0 +1,44 @@
+"""The label of a WebDataset sample: one rule for whoever indexes tars and whoever reads them.
+
+KEY.cls comes first: a class number or a class name. Without a usable one, "label" of the object in KEY.json.
+"""
+
+from __future__ import annotations
+
+import json
+
+__all__ = ["LABEL_BYTES", "parse_cls", "parse_json", "read_label"]
+
+LABEL_BYTES = 1 << 20  # A .cls or .json beyond this is no label.
+
+
+def read_label(cls: bytes | None, described: bytes | None) -> int | str | None:
+    """A class number, a class name, or None where neither member says."""
+    label = parse_cls(cls) if cls is not None else None
+    if label is None and described is not None:
+        label = parse_json(described)
+    return label
+
+
+def parse_cls(data: bytes) -> int | str | None:
+    try:
+        return _plain(data.decode().strip())
+    except UnicodeDecodeError:
+        return None
+
+
+def parse_json(data: bytes) -> int | str | None:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):  # Not JSON, or nested so deep that it is an attack.
+        return None
+    return _plain(value.get("label")) if isinstance(value, dict) else None
+
+
+def _plain(value: object) -> int | str | None:
+    if isinstance(value, str):
+        # Not isdigit(): "²" is a digit that int() refuses.
+        return int(value) if value.isdecimal() and len(value) <= 9 else value or None
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31:
+        return value
+    return None

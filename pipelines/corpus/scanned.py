@@ -1,0 +1,46 @@
+"""What a scan leaves behind of one tar: enough for the manifest, so an unchanged tar is never read twice."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines.corpus.anomalies import Anomaly
+from pipelines.corpus.quarantine import Rejected
+
+__all__ = ["ScannedTar"]
+
+
+@dataclass(frozen=True, slots=True)
+class ScannedTar:
+    """What one tar holds. `rows` has class numbers, or indices into `names` where labels are names."""
+
+    bytes: int
+    sha256: str
+    samples: int
+    page_offset: list[int]
+    page_length: list[int]
+    page_rows: list[int]
+    numbers: list[int]  # Class numbers that occur,
+    names: list[str]  # and class names: a tar that has both cannot be used.
+    rejected: list[Rejected]
+    noted: dict[str, int]
+    ignored: dict[str, int]
+    anomalies: list[Anomaly]
+    anomaly_counts: dict[str, int]
+    damage: str  # Why the samples after some byte are lost, or nothing.
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> ScannedTar:
+        return cls(
+            **dict(value)
+            | {
+                "rejected": [Rejected(**item) for item in value["rejected"]],
+                "anomalies": [Anomaly(**item) for item in value["anomalies"]],
+            }
+        )

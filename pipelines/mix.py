@@ -1,0 +1,154 @@
+"""Stage `mix`: several corpora as one, each as often as its weight says and with its labels in one label space."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipelines import identity
+from pipelines.config import Strict, how
+from pipelines.identity import StageResult
+
+if TYPE_CHECKING:
+    from pipelines.corpus.manifest import Corpus
+
+__all__ = ["STAGE", "VERSION", "MixPart", "MixRecipe", "make_mix", "run"]
+
+STAGE = "mix"
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MixPart(Strict):
+    """One corpus of a mixture."""
+
+    corpus: str  # CORPUS@VERSION
+    weight: float | None = None  # Share of `split` that comes from it; null: each of its images once.
+    classes: dict[str, str] | None = None  # Its class -> class of the mixture, others are left out; null: as named.
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MixRecipe(Strict):
+    """Corpora by a name of your choice. Held-out splits have every image once."""
+
+    corpora: dict[str, MixPart]
+    destination: str  # Name of the new corpus, or a folder or s3:// prefix for it.
+    split: str = "train"  # What weights and balance count for.
+    balance: float | None = None  # Repeat classes rarer than this share: sqrt(balance / share) times.
+    seed: int = 0
+    materialise: Literal["auto", "always", "never"] = "auto"  # New shards; auto: if under 30 % of what is read is used.
+    num_workers: int | None = how(default=None)  # New shards made at a time, as in `shard`.
+
+    def __post_init__(self) -> None:
+        if len(self.corpora) < 2:
+            raise ValueError("corpora: a mixture has two or more; `vit subset` takes a part of one")
+        weights = [part.weight for part in self.corpora.values()]
+        if any(weight is not None for weight in weights):
+            for name, part in self.corpora.items():
+                if part.weight is None or part.weight <= 0:
+                    raise ValueError(f"corpora.{name}.weight={part.weight}: all have a weight above 0, or none has one")
+        if self.balance is not None and not 0 < self.balance <= 1:
+            raise ValueError(f"balance={self.balance} is not above 0 and at most 1")
+
+
+def run(recipe: MixRecipe) -> StageResult:
+    """Make the mixture, or return the one that the same recipe and corpora made before."""
+    from pipelines.corpus.manifest import open_corpus
+    from pipelines.subset import track_making
+
+    corpora = {name: open_corpus(part.corpus) for name, part in recipe.corpora.items()}
+    inputs = {f"corpora.{name}": corpus.digest for name, corpus in corpora.items()}
+    work = partial(track_making, recipe, lambda check: make_mix(recipe, corpora, before_commit=check))
+    return identity.run_stage(STAGE, VERSION, recipe, inputs, work)
+
+
+def make_mix(
+    recipe: MixRecipe, corpora: Mapping[str, Corpus], *, before_commit: Callable[[], None] = lambda: None
+) -> Corpus:
+    """The work itself, without identity and tracking."""
+    import numpy as np
+
+    from pipelines.corpus.commit import Description, current_etag, make_current, one_writer
+    from pipelines.corpus.errors import CorpusError
+    from pipelines.corpus.manifest import corpus_base
+    from pipelines.corpus.selection import repeat_factors, single_labels, whole_times
+    from pipelines.corpus.views import Part, write_view
+    from pipelines.subset import materialise
+
+    if len({corpus.head.multi_label for corpus in corpora.values()}) > 1:
+        raise CorpusError("some of the corpora have one label an image, others a list of them; they cannot be mixed")
+    base = corpus_base(recipe.destination)
+    current = current_etag(base)
+    class_names, maps = _label_space(recipe, corpora)
+    times = {
+        name: {split: _labelled(corpus, split, maps[name]) for split in corpus.splits}
+        for name, corpus in corpora.items()
+    }
+    mixed = [name for name, corpus in corpora.items() if recipe.split in corpus.splits]
+    if any(recipe.corpora[name].weight for name in mixed):
+        # No image is left out: the corpus that has most images for its weight comes once, the others more often.
+        share = {name: (recipe.corpora[name].weight or 0) / times[name][recipe.split].sum() for name in mixed}
+        for name in mixed:
+            factor = share[name] / min(share.values())
+            times[name][recipe.split] = whole_times(times[name][recipe.split], factor, recipe.seed)
+    if recipe.balance is not None:
+        labels = {name: np.asarray(maps[name])[single_labels(corpora[name], recipe.split)] for name in mixed}
+        factors = repeat_factors(
+            np.concatenate([times[name][recipe.split] for name in mixed]),
+            np.concatenate([labels[name] for name in mixed]),
+            recipe.balance,
+        )
+        for name, own in zip(mixed, np.split(factors, np.cumsum([len(labels[n]) for n in mixed])[:-1]), strict=True):
+            times[name][recipe.split] = whole_times(times[name][recipe.split], own, recipe.seed)
+    described = Description(
+        class_names=class_names,
+        multi_label=next(iter(corpora.values())).head.multi_label,
+        source=", ".join(corpus.reference for corpus in corpora.values()),
+        recipe={name: value for name, value in identity.deciding_fields(recipe).items() if name != "destination"},
+    )
+    parts = [Part(corpora[name], times[name], maps[name]) for name in corpora]
+    with one_writer(base) as check:
+        made = materialise(write_view(base, parts, described, []), recipe)
+        check()
+        before_commit()
+        make_current(base, made.digest, current)
+    return made
+
+
+def _label_space(
+    recipe: MixRecipe, corpora: Mapping[str, Corpus]
+) -> tuple[tuple[str, ...], dict[str, tuple[int, ...]]]:
+    """Class names in the order in which the corpora first name them, and the new label of each class of each corpus."""
+    from pipelines.corpus.errors import CorpusError
+
+    names: dict[str, int] = {}
+    maps: dict[str, tuple[int, ...]] = {}
+    for name, corpus in corpora.items():
+        given = recipe.corpora[name].classes
+        if given is not None and (unknown := sorted(given.keys() - set(corpus.class_names))):
+            raise CorpusError(
+                f"corpora.{name}.classes names {unknown[0]!r}, which {corpus.reference} has not; it has"
+                f" {', '.join(corpus.class_names[:10])}"
+            )
+        new = [own if given is None else given.get(own) for own in corpus.class_names]
+        maps[name] = tuple(-1 if one is None else names.setdefault(one, len(names)) for one in new)
+    return tuple(names), maps
+
+
+def _labelled(corpus: Corpus, split: str, labels: tuple[int, ...]) -> Any:
+    """How often each sample comes; those without a label in the mixture do not."""
+    import numpy as np
+
+    from pipelines.corpus.rows import tar_rows
+    from pipelines.corpus.selection import present, single_labels
+
+    times = present(corpus, split)
+    if min(labels) >= 0:
+        return times
+    new = np.asarray(labels)
+    if not corpus.head.multi_label:
+        return times * (new[single_labels(corpus, split)] >= 0).astype(np.uint8)
+    lists = [one for table in tar_rows(corpus, split, ["labels"]) for one in table["labels"].to_pylist()]
+    return times * np.array([any(new[label] >= 0 for label in one) for one in lists], np.uint8)

@@ -1,0 +1,62 @@
+"""What a subset or mixture takes of a page: some of its samples, with the labels that they have there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from pipelines.corpus.errors import CorpusError
+
+if TYPE_CHECKING:
+    from pipelines.corpus.manifest import Corpus
+
+__all__ = ["LabelSource", "check_single_label", "label_sources", "select"]
+
+
+class Labelled(Protocol):
+    label: int
+    fault: str
+
+
+S = TypeVar("S", bound=Labelled)
+
+
+@dataclass(frozen=True, slots=True)
+class LabelSource:
+    """The label space in which a tar was written."""
+
+    corpus: str  # Reference of the version that it belongs to.
+    num_classes: int
+    labels: tuple[int, ...] | None  # Label of each class in the corpus that is read; None: the same.
+
+
+def label_sources(corpus: Corpus) -> tuple[LabelSource, ...]:
+    """One for each source of the corpus; none if its tars are its own."""
+    return tuple(
+        LabelSource(
+            f"{source.uri or corpus.uri}@{source.digest}",
+            len(corpus.class_names if source.labels is None else source.labels),
+            source.labels,
+        )
+        for source in corpus.head.sources
+    )
+
+
+def select(samples: Sequence[S], chosen: tuple[int, ...] | None, labels: tuple[int, ...] | None) -> Sequence[S]:
+    """The chosen samples of a page, relabelled; a sample with a fault keeps its place."""
+    if chosen is not None:
+        samples = [samples[i] for i in chosen]
+    if labels is not None:
+        for sample in samples:
+            if not sample.fault:
+                sample.label = labels[sample.label]
+    return samples
+
+
+def check_single_label(corpus: Corpus) -> None:
+    if corpus.head.multi_label:
+        raise CorpusError(
+            f"corpus {corpus.reference} has a list of labels for each image, and batches carry one label an image;"
+            " its lists are in corpus.samples(split)['labels']; for training, make a corpus with one `label` an image"
+        )
