@@ -10,12 +10,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from pipelines import store
 from pipelines.reader.buffers import Buffers
+from pipelines.reader.cache import PageCache
 
-__all__ = ["FetchError", "Page", "PageSpan", "fetch", "replaced"]
+__all__ = ["CacheConfig", "FetchError", "Page", "PageSpan", "fetch", "replaced"]
 
 SHARDS_KEPT = 4096  # ETags a process remembers, about 200 bytes each.
 LONGEST_READ = 32 << 20  # Bytes in one request, so that a lost connection loses little and memory stays bounded.
@@ -42,6 +44,14 @@ class PageSpan:
     source: int = -1  # Of the corpus: whose tar it is; -1: its own.
 
 
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """Where a node keeps pages, and how many bytes of them."""
+
+    folder: str
+    max_bytes: int
+
+
 class Page(NamedTuple):
     """A page's bytes, and the version of its shard."""
 
@@ -54,16 +64,42 @@ _etags: OrderedDict[str, str] = OrderedDict()
 _etags_lock = threading.Lock()
 
 
-def fetch(spans: Sequence[PageSpan]) -> list[Page]:
+def fetch(spans: Sequence[PageSpan], cache: CacheConfig | None = None) -> list[Page]:
     """Each page, in the order given. The memory is used again when the last view of it is gone."""
-    pages: list[Page] = []
-    for run in _runs(spans):
+    kept = _cache(cache) if cache is not None else None
+    pages: dict[PageSpan, Page] = {}
+    if kept is not None:
+        pages = {span: page for span in spans if (page := _read_kept(kept, span)) is not None}
+    for run in _runs([span for span in spans if span not in pages]):
         first, last = run[0], run[-1]
         data, etag = _read(first, last.offset + last.length - first.offset)
         for span in run:
             at = span.offset - first.offset
-            pages.append(Page(data[at : at + span.length], etag))
-    return pages
+            page = pages[span] = Page(data[at : at + span.length], etag)
+            if kept is not None:
+                kept.put(span.uri, page.etag, span.offset, page.data)
+    return [pages[span] for span in spans]
+
+
+@lru_cache(maxsize=4)
+def _cache(config: CacheConfig) -> PageCache:
+    return PageCache(config.folder, config.max_bytes)
+
+
+def _read_kept(cache: PageCache, span: PageSpan) -> Page | None:
+    """The page from the node's disk, while the store still has the shard that it belongs to."""
+    etag = _known_etag(span.uri)
+    if etag is None:
+        try:
+            found = store.stat(span.uri)
+        except store.StoreError:
+            return None  # Reading it says what is wrong.
+        if found.size != span.shard_bytes:
+            raise FetchError(_wrong_size(span, found.size))
+        etag = found.etag
+        _remember(span.uri, etag)
+    data = _buffers.take(span.length).data
+    return Page(data, etag) if cache.get(span.uri, etag, span.offset, data) else None
 
 
 def replaced(uri: str, where: str = "") -> FetchError:

@@ -18,7 +18,7 @@ from pipelines.reader.assemble import RowSource
 from pipelines.reader.augment import AugmentConfig
 from pipelines.reader.device import DeviceBatches
 from pipelines.reader.engines import choose
-from pipelines.reader.fetch import PageSpan
+from pipelines.reader.fetch import CacheConfig, PageSpan
 from pipelines.reader.levels import changes_of
 from pipelines.reader.order import Order, OrderError, PageRows, Window, lanes_of_rank
 from pipelines.reader.rows import Item, Job
@@ -42,6 +42,9 @@ __all__ = [
 ]
 
 
+CACHE_BYTES, FEWEST_CACHE_BYTES = 100_000_000_000, 64 << 20
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReaderConfig(Strict):
     """How images are read. No field but `on_bad` changes what is read: engines whose pixels differ are refused."""
@@ -56,6 +59,8 @@ class ReaderConfig(Strict):
     )  # ray: in the read tasks, or on threads of the process that trains; auto: docs/reader.md says when
     num_threads: int | None = how(default=None)  # Decoding threads of a process that trains; null: its share of CPUs
     ahead: int = how(default=2)  # Steps that are made before they are asked for
+    cache: str | None = how(default=None)  # Folder on each reading node that keeps pages between epochs; null: none
+    cache_bytes: int = how(default=CACHE_BYTES)  # Most that a node keeps there
 
     def __post_init__(self) -> None:
         if self.num_cpus <= 0 or (self.num_threads is not None and self.num_threads < 1):
@@ -66,8 +71,18 @@ class ReaderConfig(Strict):
             raise ValueError(f"ahead={self.ahead}: at least the step that is asked for must be made; 2 is usual")
         if self.backend == "local" and self.decode == "tasks":
             raise ValueError("decode=tasks has no effect with backend=local, which has no tasks; remove one")
+        if self.cache is None and self.cache_bytes != CACHE_BYTES:
+            raise ValueError(f"cache_bytes={self.cache_bytes} has no effect without cache; set cache to a folder")
+        if self.cache_bytes < FEWEST_CACHE_BYTES:
+            raise ValueError(
+                f"cache_bytes={self.cache_bytes} holds no page; give at least {FEWEST_CACHE_BYTES:,}, or no cache"
+            )
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction={self.max_bad_fraction} is not a fraction from 0 to 1")
+
+    @property
+    def page_cache(self) -> CacheConfig | None:
+        return CacheConfig(self.cache, self.cache_bytes) if self.cache is not None else None
 
 
 def choose_lanes(pages: Pages, batch_size: int, max_workers: int | None = None, lanes: int | None = None) -> int:
@@ -117,6 +132,7 @@ def train_batches(
         corpus=corpus.reference,
         sources=label_sources(corpus),
         engine=choose(reader.engine),
+        cache=reader.page_cache,
     )
     return _stream(
         reader,
@@ -166,6 +182,7 @@ def eval_batches(
         reader.on_bad,
         corpus=corpus.reference,
         sources=label_sources(corpus),
+        cache=reader.page_cache,
     )
     return _stream(
         reader,

@@ -18,7 +18,7 @@ from pipelines.reader.augment import AugmentConfig
 from pipelines.reader.buffers import Buffers
 from pipelines.reader.decode import decode_for_evaluation, decode_for_training
 from pipelines.reader.engines import Engine, require
-from pipelines.reader.fetch import PageSpan, fetch
+from pipelines.reader.fetch import CacheConfig, PageSpan, fetch
 from pipelines.reader.order import permutation
 from pipelines.reader.pages import Sample, SampleError, samples_of_page
 from pipelines.reader.selection import LabelSource, select
@@ -46,6 +46,7 @@ class Job:
     engine: Engine | None = None  # Training: what decodes, here and on every node; None: the wheels, unchecked.
     corpus: str = ""  # Reference of the manifest: its class names, where tars name the class instead of numbering it.
     sources: tuple[LabelSource, ...] = ()  # Label spaces of the tars, where they are not the corpus' own.
+    cache: CacheConfig | None = None  # Of the node that fetches.
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -121,7 +122,7 @@ class Rows:
 def read_files(job: Job, item: Item) -> Rows:
     """Fetch the window's pages and walk them: the files of the rows still to come, in tape order."""
     started = time.thread_time()
-    pages = fetch(item.pages)
+    pages = fetch(item.pages, job.cache)
     samples: list[Sample] = []
     ids: list[NDArray[np.int64]] = []
     for span, page in zip(item.pages, pages, strict=True):
