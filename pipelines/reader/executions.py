@@ -26,7 +26,7 @@ from pipelines.reader.blocks import rows_of_table, table_of_pixels, tables_of_fi
 from pipelines.reader.engines import EngineError
 from pipelines.reader.fetch import FetchError
 from pipelines.reader.order import OrderError
-from pipelines.reader.rows import PIECE_BYTES, Item, Job, Rows, SampleError, read_decoded, read_files
+from pipelines.reader.rows import PIECE_BYTES, FetchJob, Item, Job, Rows, SampleError, read_decoded, read_files
 
 __all__ = ["RayRows", "StarvedError", "check_cpus"]
 
@@ -166,7 +166,8 @@ class _Items(Datasource):  # type: ignore[misc,unused-ignore]
                 size = 0
             groups[-1].append(item)
             size += item.count
-        self.tasks = [ReadTask(partial(_read, job, group, decode), _metadata(job, group, decode)) for group in groups]
+        read = partial(_read_decoded, job) if decode else partial(_read_files, job.fetch)
+        self.tasks = [ReadTask(partial(read, group), _metadata(job, group, decode)) for group in groups]
 
     def estimate_inmemory_data_size(self) -> int | None:
         return None
@@ -183,13 +184,16 @@ def _metadata(job: Job, items: list[Item], decode: bool) -> BlockMetadata:
     return BlockMetadata(num_rows=rows, size_bytes=size, input_files=None, exec_stats=None)
 
 
-def _read(job: Job, items: list[Item], decode: bool) -> Iterator[pa.Table]:
+def _read_decoded(job: Job, items: list[Item]) -> Iterator[pa.Table]:
     """Runs in a Ray worker."""
     for item in items:
-        if decode:
-            yield from map(table_of_pixels, read_decoded(job, item))
-        else:
-            yield from tables_of_files(read_files(job, item))
+        yield from map(table_of_pixels, read_decoded(job, item))
+
+
+def _read_files(job: FetchJob, items: list[Item]) -> Iterator[pa.Table]:
+    """Runs in a Ray worker, which needs no torch for it."""
+    for item in items:
+        yield from tables_of_files(read_files(job, item))
 
 
 # Faults of the cluster ----------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from pipelines.reader.engines import choose
 from pipelines.reader.fetch import CacheConfig, PageSpan
 from pipelines.reader.levels import changes_of
 from pipelines.reader.order import Order, OrderError, PageRows, Window, lanes_of_rank
-from pipelines.reader.rows import Item, Job
+from pipelines.reader.rows import FetchJob, Item, Job
 from pipelines.reader.selection import check_single_label, label_sources
 from pipelines.reader.stream import BatchStream, ReaderStats
 
@@ -80,10 +80,6 @@ class ReaderConfig(Strict):
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction={self.max_bad_fraction} is not a fraction from 0 to 1")
 
-    @property
-    def page_cache(self) -> CacheConfig | None:
-        return CacheConfig(self.cache, self.cache_bytes) if self.cache is not None else None
-
 
 def choose_lanes(pages: Pages, batch_size: int, max_workers: int | None = None, lanes: int | None = None) -> int:
     """Lanes for a run: fixed at its start and kept in the checkpoint, so that it may resume on other worker counts."""
@@ -123,17 +119,7 @@ def train_batches(
     mine = lanes_of_rank(lanes, rank, world_size)
     locate = _Pages(corpus, pages)
     items = (locate.item(window) for window in order.windows(mine, start_step, total_steps))
-    job = Job(
-        seed,
-        spec,
-        augment,
-        len(corpus.class_names),
-        reader.on_bad,
-        corpus=corpus.reference,
-        sources=label_sources(corpus),
-        engine=choose(reader.engine),
-        cache=reader.page_cache,
-    )
+    job = Job(_fetch_job(corpus, seed, reader), spec, augment, reader.on_bad, choose(reader.engine))
     return _stream(
         reader,
         job,
@@ -174,16 +160,7 @@ def eval_batches(
     size = batch_size // world_size
     longest = -(-total // world_size)
     locate = _Pages(corpus, pages)
-    job = Job(
-        0,
-        spec,
-        None,
-        len(corpus.class_names),
-        reader.on_bad,
-        corpus=corpus.reference,
-        sources=label_sources(corpus),
-        cache=reader.page_cache,
-    )
+    job = Job(_fetch_job(corpus, 0, reader), spec, None, reader.on_bad)
     return _stream(
         reader,
         job,
@@ -198,6 +175,11 @@ def eval_batches(
     )
 
 
+def _fetch_job(corpus: Corpus, seed: int, reader: ReaderConfig) -> FetchJob:
+    cache = CacheConfig(reader.cache, reader.cache_bytes) if reader.cache is not None else None
+    return FetchJob(seed, len(corpus.class_names), corpus.reference, label_sources(corpus), cache)
+
+
 def _stream(
     reader: ReaderConfig, job: Job, items: Iterator[Item], lanes: Sequence[int], world_size: int, **steps: Any
 ) -> BatchStream:
@@ -205,7 +187,7 @@ def _stream(
     if reader.backend == "local":
         from pipelines.reader.threads import read_in_threads
 
-        rows, decodes_here = read_in_threads(job, items), True
+        rows, decodes_here = read_in_threads(job.fetch, items), True
     else:
         from pipelines.reader.executions import RayRows
         from pipelines.reader.executions import decodes_here as chosen

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -26,7 +26,7 @@ from pipelines.reader.selection import LabelSource, select
 if TYPE_CHECKING:
     from vit_model.preprocess import InputSpec
 
-__all__ = ["Item", "Job", "Rows", "SampleError", "decode_into", "read_decoded", "read_files"]
+__all__ = ["FetchJob", "Item", "Job", "Rows", "SampleError", "decode_into", "read_decoded", "read_files"]
 
 ROWS_TOGETHER = 512  # Rows of one piece at most; enough to make the cost per piece vanish for tiny images.
 PIECE_BYTES = 8 << 20  # Bytes of one piece at most: bounds memory, and a first batch comes soon.
@@ -35,18 +35,29 @@ _buffers = Buffers()
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """What all items of a stream share."""
+class FetchJob:
+    """What fetching and walking needs to know. Not the model's input: a process that only fetches imports no torch."""
 
     seed: int
-    spec: InputSpec
-    augment: AugmentConfig | None  # None: the evaluation path.
     num_classes: int
-    on_bad: Literal["mask", "fail"] = "mask"
-    engine: Engine | None = None  # Training: what decodes, here and on every node; None: the wheels, unchecked.
     corpus: str = ""  # Reference of the manifest: its class names, where tars name the class instead of numbering it.
     sources: tuple[LabelSource, ...] = ()  # Label spaces of the tars, where they are not the corpus' own.
     cache: CacheConfig | None = None  # Of the node that fetches.
+
+    def space(self, source: int) -> LabelSource:
+        """The label space in which a tar was written, and the way back from it."""
+        return LabelSource(self.corpus, self.num_classes, None) if source < 0 else self.sources[source]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What all items of a stream share."""
+
+    fetch: FetchJob
+    spec: InputSpec
+    augment: AugmentConfig | None  # None: the evaluation path.
+    on_bad: Literal["mask", "fail"] = "mask"
+    engine: Engine | None = None  # Training: what decodes, here and on every node; None: the wheels, unchecked.
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -56,13 +67,6 @@ class Job:
     @property
     def image_bytes(self) -> int:
         return math.prod(self.shape)
-
-    def inside(self, source: int) -> tuple[Job, tuple[int, ...] | None]:
-        """The same job in the label space of a tar, and the way back."""
-        if source < 0:
-            return self, None
-        space = self.sources[source]
-        return replace(self, num_classes=space.num_classes, corpus=space.corpus), space.labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,16 +123,16 @@ class Rows:
         )
 
 
-def read_files(job: Job, item: Item) -> Rows:
+def read_files(job: FetchJob, item: Item) -> Rows:
     """Fetch the window's pages and walk them: the files of the rows still to come, in tape order."""
     started = time.thread_time()
     pages = fetch(item.pages, job.cache)
     samples: list[Sample] = []
     ids: list[NDArray[np.int64]] = []
     for span, page in zip(item.pages, pages, strict=True):
-        own, labels = job.inside(span.source)
-        found = samples_of_page(span, page.data, own.num_classes, own.corpus)
-        samples += select(found, span.chosen, labels)[span.first : span.last]
+        space = job.space(span.source)
+        found = samples_of_page(span, page.data, space.num_classes, space.corpus)
+        samples += select(found, span.chosen, space.labels)[span.first : span.last]
         ids.append(np.arange(span.first_id + span.first, span.first_id + span.last, dtype=np.int64))
     order = (
         permutation(job.seed, item.epoch, item.lane, item.window, len(samples))
@@ -157,7 +161,7 @@ def read_decoded(job: Job, item: Item) -> Iterator[Rows]:
     """The same rows as pixels, a few megabytes at a time. Raises what `engines.require` does."""
     if job.engine is not None:
         require(job.engine.name, job.engine.pixels)
-    files = read_files(job, item)
+    files = read_files(job.fetch, item)
     together = max(1, min(ROWS_TOGETHER, PIECE_BYTES // job.image_bytes))
     for first in range(0, len(files), together):
         started = time.thread_time()
@@ -201,7 +205,7 @@ def decode_into(
                 ids,
                 spec=job.spec,
                 augment=job.augment,
-                seed=job.seed,
+                seed=job.fetch.seed,
                 epoch=epoch,
                 out=images,
                 engine=job.engine.name if job.engine else "wheels",

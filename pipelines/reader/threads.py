@@ -7,14 +7,14 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 
-from pipelines.reader.rows import Item, Job, Rows, read_files
+from pipelines.reader.rows import FetchJob, Item, Rows, read_files
 
 __all__ = ["read_in_threads"]
 
 FETCHING = 4  # Windows on their way at once: a store answers late, not slowly.
 
 
-def read_in_threads(job: Job, items: Iterator[Item]) -> Generator[Rows, None, None]:
+def read_in_threads(job: FetchJob, items: Iterator[Item]) -> Generator[Rows, None, None]:
     """The files of each item in the order of the items; at most FETCHING items are read ahead of the one taken."""
     pool = ThreadPoolExecutor(FETCHING, thread_name_prefix="fetch")
     waiting: deque[Future[Rows]] = deque()
