@@ -224,7 +224,7 @@ def start_ray() -> None:
         include_dashboard=False,
         logging_level="ERROR",
         log_to_driver=False,
-        object_store_memory=2_000_000_000,
+        object_store_memory=1_000_000_000,  # As the embedded stack has it.
         _node_ip_address="127.0.0.1",
     )
     logging.getLogger("ray.data").setLevel(logging.ERROR)
