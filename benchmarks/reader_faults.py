@@ -2,11 +2,11 @@
 
     python benchmarks/reader_faults.py [--quick]
 
-A corpus of 48 JPEGs in three tars lies in the embedded object store; a proxy between reader and store breaks the wire at
-each class of offset of the middle tar, or the tar itself is damaged. A reader may give the complete set, say of each
-sample that it leaves out that it does, or end with an error; anything else is a silent loss. read_webdataset is run with
-the raw bytes as its decoder leaves them (decoder=None) and as it comes (its own decoder). The last line is one JSON
-object: silent losses, wrong samples and hangs of each reader.
+A corpus of 48 JPEGs in three tars lies in the embedded object store; a proxy between reader and store breaks the wire
+at each class of offset of the middle tar, or the tar itself is damaged. A reader may give the complete set, say of each
+sample that it leaves out that it does, or end with an error; anything else is a silent loss. read_webdataset is run
+with the raw bytes (decoder=None) and as it comes (its own decoder). The last line is one JSON object: silent losses,
+wrong samples and hangs of each reader.
 """
 
 from __future__ import annotations
