@@ -100,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
-    rounds, steps = (2, 60) if options.quick else (7, 300)
+    rounds, steps = (2, 60) if options.quick else (5, 120)
     cases = {
         "4 shards, epoch 1": (1, 0),
         "4 shards, epoch 100": (1, 99),
