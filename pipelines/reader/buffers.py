@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections import defaultdict, deque
+from collections import deque
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,24 +11,24 @@ from numpy.typing import NDArray
 __all__ = ["Buffers"]
 
 CLASS_BYTES = 1 << 20  # Sizes are rounded up to whole MiB, so that reads of nearly one size share buffers.
-KEPT = 8  # Free buffers of each size class; more than these go back to the kernel.
+KEPT_BYTES = 256 << 20  # Of free buffers of each size class; more than these go back to the kernel.
 
 
 class Buffers:
     """Buffers that come back by themselves when nobody holds them, or any view of them, any more."""
 
-    def __init__(self, *, pinned: bool = False, kept: int = KEPT) -> None:
+    def __init__(self, *, pinned: bool = False) -> None:
         """`pinned`: page-locked memory, from which a GPU copies by itself."""
         self._pinned = pinned
         # A deque's append and pop are atomic: buffers come back from whatever thread drops the last view.
-        self._free: defaultdict[int, deque[memoryview]] = defaultdict(lambda: deque(maxlen=kept))
+        self._free: dict[int, deque[memoryview]] = {}
 
     def take(self, size: int) -> NDArray[np.uint8]:
         """`size` bytes of unknown content."""
         if size < CLASS_BYTES and not self._pinned:
             return np.empty(size, np.uint8)
         rounded = -(-size // CLASS_BYTES) * CLASS_BYTES
-        free = self._free[rounded]
+        free = self._free.setdefault(rounded, deque(maxlen=max(1, KEPT_BYTES // rounded)))
         try:
             memory = free.pop()
         except IndexError:
