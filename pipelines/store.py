@@ -200,16 +200,14 @@ def read_into(
         response = client(stall_seconds).get_object(**options)
         etag = str(response["ETag"])
         size = int(response["ContentRange"].rpartition("/")[2])
-        body = response["Body"]
-        try:
-            # In steps that stay in the processor's cache: the bytes are copied once more on their way.
+        with response["Body"] as raw:
+            # read1 gives what has come: read would wait for all of it, and lose it when the connection breaks.
             while received < len(buffer):
-                count = body.readinto(buffer[received : received + READ_BYTES])
-                if not count:
+                piece = raw.read1(min(READ_BYTES, len(buffer) - received))
+                if not piece:
                     break
-                received += count
-        finally:
-            body.close()
+                buffer[received : received + len(piece)] = piece
+                received += len(piece)
         if received < len(buffer):
             if size < start + len(buffer):
                 raise StoreError(_ends_early(uri, start, len(buffer), size))
