@@ -20,6 +20,8 @@ class Batch:
     weights: Tensor  # float32 (B,)
     sample_ids: Tensor  # int64 (B,), row number in manifest order; -1 = padding
     step: int | None = None  # The optimizer update these rows belong to; None in evaluation.
+    epochs: Tensor | None = None  # int64 (B,), the pass over the corpus that each row belongs to
+    lanes: Tensor | None = None  # int64 (B,), the lane that each row comes from
 
     def __len__(self) -> int:
         return len(self.sample_ids)

@@ -210,6 +210,12 @@ def _gc(arguments: list[str], flags: Flags) -> int:
     return gc_main(arguments, ensure_stack)
 
 
+def _inspect_batch(arguments: list[str], flags: Flags) -> int:
+    from pipelines.inspect_batch import main as inspect_main
+
+    return inspect_main(arguments, ensure_stack)
+
+
 def _schedule(arguments: list[str], flags: Flags) -> int:
     from infra.endpoints import current
     from pipelines.workflow.schedules import main as schedule_main
@@ -291,6 +297,11 @@ VERBS: dict[str, Verb] = {
         "free spent checkpoints and abandoned runs; --results: also finished runs that no version and no run names",
         _gc,
     ),
+    "inspect-batch": Verb(
+        "[STAGE] RECIPE [--step N] [--images N] [--output FILE] [--dotted.flag VALUE ...]",
+        "a picture of what the model will see, with labels and weights",
+        _inspect_batch,
+    ),
     "submit": Verb(
         "[--working-dir DIR] STAGE RECIPE [--dotted.flag VALUE ...]",
         "a stage as a job on the Ray cluster; attaches when it already runs there",
@@ -335,13 +346,25 @@ def _say_help() -> None:
     groups = {
         "start here": ["demo", *INFRA],
         "stages: vit VERB RECIPE [--dotted.flag VALUE ...]": list(STAGES),
-        "together": ["run", "why", "runs", "gc", "estimate", "submit", "schedule", "corpus", "verify", "recipes"],
+        "together": [
+            "run",
+            "why",
+            "runs",
+            "gc",
+            "estimate",
+            "inspect-batch",
+            "submit",
+            "schedule",
+            "corpus",
+            "verify",
+            "recipes",
+        ],
     }
     _write("usage: vit VERB ...\n\nPretrain, fine-tune and ship Vision Transformers on your own image corpus.")
     for title, verbs in groups.items():
         _write(f"\n{title}")
         for verb in verbs:
-            _write(f"  {verb:<9} {VERBS[verb].help}")
+            _write(f"  {verb:<13} {VERBS[verb].help}")
     _write(
         "\nA RECIPE is a YAML path or the name of a packaged recipe (`vit recipes`); `vit VERB RECIPE --help` shows its"
         "\nfields. A finished stage is not computed again: its result is reused; --again recomputes."

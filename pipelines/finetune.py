@@ -13,7 +13,6 @@ from pipelines.config import Strict, input_
 from pipelines.fit import (
     check_choices,
     check_splits,
-    engine_tag,
     log_pictures,
     metrics_of,
     model_config,
@@ -151,7 +150,7 @@ def _work(
         store.upload(weights.path, initial)
     lineage = weights.lineage if weights else {"vit.weights": "none (from scratch)"}
     lineage = lineage | (teacher.lineage if teacher else {})
-    with track(attempt, recipe, corpus=corpus, tags={**lineage, **engine_tag()}) as run:
+    with track(attempt, recipe, corpus=corpus, tags=lineage) as run:
         outcome = train_model(
             recipe,
             attempt,

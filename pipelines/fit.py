@@ -25,6 +25,7 @@ from pipelines.weights import Weights
 
 if TYPE_CHECKING:
     from pipelines.corpus.manifest import Corpus
+    from pipelines.reader.engines import Engine
     from pipelines.tracking.run import Run
     from pipelines.training.watch import Outcome
     from vit_model import InputSpec, ModelConfig
@@ -33,7 +34,6 @@ __all__ = [
     "TrainingRecipe",
     "check_choices",
     "check_splits",
-    "engine_tag",
     "log_pictures",
     "metrics_of",
     "model_config",
@@ -97,13 +97,6 @@ def check_choices(recipe: TrainingRecipe, corpus: Corpus) -> None:
         raise ValueError(f"train.class_weights names {', '.join(unknown)}, which {corpus.uri} has not")
 
 
-def engine_tag() -> dict[str, str]:
-    """For the MLflow run: what decodes its images."""
-    from pipelines.reader.decode import engine_version
-
-    return {"vit.decode_engine": engine_version()}
-
-
 def model_config(config: SizeConfig, resolution: int, **overrides: Any) -> ModelConfig:
     """The model that a recipe describes."""
     from vit_model import ViTConfig, variant
@@ -135,7 +128,6 @@ def train_model(
     head_bias: float | None = None,
 ) -> Outcome:
     """Work out the job, say what will be done, and do it on the cluster."""
-    from pipelines.reader.decode import engine_version
     from pipelines.reader.loader import WINDOW_PAGES, choose_lanes
     from pipelines.training.worker import TrainJob, choose_placement, connect, launch, shown
     from vit_model import OutputSpec, build_model, count_parameters, forward_macs
@@ -148,10 +140,10 @@ def train_model(
     batch_size, num_classes = recipe.train.batch_size, len(corpus.class_names)
     # At least two, so that one worker and two see the same order.
     lanes = choose_lanes(corpus.pages(recipe.split), batch_size, max(2, num_workers), recipe.lanes)
-    reader = recipe.reader
-    if (
-        not placement.waits
-    ):  # Each rank reads by itself; on a small machine their read tasks must fit beside each other.
+    engine = _engine(recipe.reader.engine, attempt, run_id)
+    reader = replace(recipe.reader, engine=engine.name)
+    # Each rank reads by itself; on a small machine their read tasks must fit beside each other.
+    if not placement.waits:
         free = shown()[0] - num_workers * recipe.workers.cpus
         reader = replace(reader, num_cpus=max(0.05, min(reader.num_cpus, free / num_workers)))
     job = TrainJob(
@@ -161,7 +153,6 @@ def train_model(
         split=recipe.split,
         lanes=lanes,
         window_pages=WINDOW_PAGES,
-        engine=engine_version(),
         seed=recipe.seed,
         total_steps=total_steps,
         num_images=num_images,
@@ -178,6 +169,7 @@ def train_model(
         schedule=recipe.schedule,
         augment=recipe.augment,
         reader=reader,
+        engine=engine,
         validation=recipe.validation,
         checkpoint=recipe.checkpoint,
         workers=recipe.workers,
@@ -203,6 +195,22 @@ def _put_teacher(teacher: Weights | None, attempt: Attempt) -> str | None:
     uri = store.join(attempt.uri, "teacher" + teacher.path.suffix)
     store.upload(teacher.path, uri)
     return uri
+
+
+def _engine(wanted: Literal["auto", "wheels", "native"], attempt: Attempt, run_id: str | None) -> Engine:
+    """What decodes: the engine of the checkpoint that will be resumed, else the recipe's choice; on all nodes."""
+    from pipelines.reader.engines import check_nodes, choose
+    from pipelines.tracking.run import Run
+    from pipelines.training.checkpoint import Checkpoints
+
+    engine = choose(wanted, Checkpoints(attempt).newest_state().get("engine"))
+    check_nodes(engine)
+    say(f"{attempt.stage}: images are decoded by {engine}")
+    if run_id is not None:
+        run = Run.attach(run_id, attempt)
+        run.set_tags({"vit.decode_engine": str(engine)})
+        run.close()
+    return engine
 
 
 def metrics_of(outcome: Outcome) -> dict[str, float]:

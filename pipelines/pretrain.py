@@ -13,7 +13,6 @@ from pipelines.config import Strict, input_
 from pipelines.fit import (
     check_choices,
     check_splits,
-    engine_tag,
     log_pictures,
     metrics_of,
     model_config,
@@ -96,7 +95,7 @@ def _work(recipe: PretrainRecipe, corpus: Corpus, teacher: Weights | None, attem
     from pipelines.tracking.run import track
 
     model = model_config(recipe.model, recipe.resolution)
-    tags = engine_tag() | (teacher.lineage if teacher is not None else {})
+    tags = teacher.lineage if teacher is not None else {}
     with track(attempt, recipe, corpus=corpus, tags=tags) as run:
         outcome = train_model(
             recipe,

@@ -25,6 +25,7 @@ VERBS = (
     "pipelines.garbage",
     "pipelines.corpus.command",
     "pipelines.verify",
+    "pipelines.inspect_batch",
 )
 STAGES = {"shard", "index", "subset", "mix", "show", "pretrain", "finetune", "evaluate", "promote", "predict"}
 

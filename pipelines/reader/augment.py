@@ -12,10 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.config import Strict
+from pipelines.reader.levels import LAYERS, MAGNITUDE, Level, Policy, check_changes
 from pipelines.reader.philox import image_bits, uniform
 
-__all__ = ["AugmentConfig", "Boxes", "crop_boxes", "flips", "shifts"]
+__all__ = ["AugmentConfig", "Boxes", "crop_boxes", "dct_crops", "flips", "shifts"]
 
+DCT_SCALES = (8, 4, 2)  # Powers of two alone have fast inverse transforms.
 CROP_TRIES = 10  # With the paper's ranges a try fails only for images longer than about 1 : 15.
 FLIP_STREAM, SHIFT_STREAM, CROP_STREAM = 0, 1, 16  # Crop try i draws from stream CROP_STREAM + i.
 
@@ -24,7 +26,7 @@ _USED_BY = {"inception": ("min_area", "max_area", "min_aspect", "max_aspect"), "
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AugmentConfig(Strict):
-    """Training-time crop and flip; evaluation never uses it."""
+    """What training does to an image; evaluation never uses it. Crop and flip while reading, the rest on the device."""
 
     crop: Literal["inception", "random", "none"] = "inception"  # inception | random (shifted by padding) | none
     flip: bool = True  # Mirror left and right, p = 0.5; False where direction has a meaning (digits, text).
@@ -33,6 +35,13 @@ class AugmentConfig(Strict):
     min_aspect: float = 0.75  # inception: width / height, at least
     max_aspect: float = 4 / 3  # inception: width / height, at most
     padding: int = 4  # random: black border in output pixels, through which the image is shifted
+    preset: Level | None = None  # A level of AugReg by name; sets policy, layers, magnitude and mixup.
+    policy: Policy = "none"  # randaugment | three (DeiT III: grey, solarize or blur) | none
+    layers: int = LAYERS  # randaugment: operations on each image
+    magnitude: float = MAGNITUDE  # randaugment: strength of all of them, of 10
+    color_jitter: float = 0.0  # Brightness, contrast, saturation: factors uniform in 1 - j .. 1 + j; 0: none
+    mixup: float = 0.0  # Alpha of the Beta distribution of shares; 0: none
+    cutmix: float = 0.0  # The same for pasted boxes; with both, each lane of a step tosses a coin.
 
     def __post_init__(self) -> None:
         if not 0 < self.min_area <= self.max_area <= 1:
@@ -57,6 +66,7 @@ class AugmentConfig(Strict):
                 raise ValueError(
                     f"{', '.join(changed)} has no effect with crop={self.crop}; set crop={owner} or remove it"
                 )
+        check_changes(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +112,22 @@ def crop_boxes(
         if not len(todo):
             break
     return boxes  # What is left keeps the whole image, as in TensorFlow.
+
+
+def dct_crops(
+    boxes: Boxes, width: int, height: int, has_scales: NDArray[np.bool_] | Literal[True] = True
+) -> NDArray[np.int64]:
+    """(n, 5): scale, and x, y, width and height in pixels of the image decoded at 1 / scale.
+
+    A JPEG can be decoded at 1/2, 1/4 and 1/8 for less; the scale is the smallest image that still has a pixel for every
+    pixel of the model's width x height. Where has_scales is False it is 1. A scaled box is widened to whole pixels.
+    """
+    scale = np.ones_like(boxes.x)
+    for factor in reversed(DCT_SCALES):
+        scale[has_scales & (boxes.width >= factor * width) & (boxes.height >= factor * height)] = factor
+    x, y = boxes.x // scale, boxes.y // scale
+    right, bottom = -(-(boxes.x + boxes.width) // scale), -(-(boxes.y + boxes.height) // scale)
+    return np.stack([scale, x, y, right - x, bottom - y], axis=1)
 
 
 def _crop_sizes(

@@ -15,26 +15,28 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
-from numpy.typing import NDArray
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
+from pipelines.reader.blocks import rows_of_table, table_of_pixels, tables_of_files
+from pipelines.reader.engines import EngineError
 from pipelines.reader.fetch import FetchError
 from pipelines.reader.order import OrderError
-from pipelines.reader.rows import PIECE_BYTES, Item, Job, Rows, SampleError, read_item
+from pipelines.reader.rows import PIECE_BYTES, FetchJob, Item, Job, Rows, SampleError, read_decoded, read_files
 
 __all__ = ["RayRows", "StarvedError", "check_cpus"]
 
 TASKS_PER_EXECUTION = 250
+TASKS_AT_FIRST = 32  # Ray Data takes about 1 ms for each before the first block comes.
 FEWEST_ROWS = 256  # Of one read task: shorter ones cost more to schedule than to run.
 OPEN_AHEAD = 0.6  # The next execution is opened when this part of the rows has come.
 PREFETCHED_BLOCKS = 4
 SCHEDULING_PAUSE_SECONDS = 0.01
+LARGE_IMAGE_BYTES = 1 << 16
 
 
 class StarvedError(RuntimeError):
@@ -44,12 +46,15 @@ class StarvedError(RuntimeError):
 class RayRows:
     """Rows of each item in the order of the items. Reading begins at once, before the first row is asked for."""
 
-    def __init__(self, job: Job, items: Iterator[Item], num_cpus: float, world_size: int = 1) -> None:
+    def __init__(
+        self, job: Job, items: Iterator[Item], num_cpus: float, world_size: int = 1, *, decode: bool = True
+    ) -> None:
+        """`decode`: the read tasks decode; otherwise they hand on files."""
         check_cpus(num_cpus, world_size)
         logging.getLogger("ray.data").setLevel(logging.ERROR)  # Two lines per execution otherwise.
         self._opener = ThreadPoolExecutor(1, thread_name_prefix="reader-open")
-        self._work = job, items, num_cpus
-        self._upcoming: Future[_Opened] | None = self._open()
+        self._work = job, items, num_cpus, decode
+        self._upcoming: Future[_Opened] | None = self._open(TASKS_AT_FIRST)
         self._current: _Opened | None = None
         self._rows = self._chain()
 
@@ -59,8 +64,8 @@ class RayRows:
     def __next__(self) -> Rows:
         return next(self._rows)
 
-    def _open(self) -> Future[_Opened]:
-        return self._opener.submit(_open, *self._work)
+    def _open(self, tasks: int) -> Future[_Opened]:
+        return self._opener.submit(_open, *self._work, min(tasks, TASKS_PER_EXECUTION))
 
     def _chain(self) -> Iterator[Rows]:
         while True:
@@ -73,7 +78,7 @@ class RayRows:
             for rows in self._current.rows():
                 seen += len(rows)
                 if self._upcoming is None and seen >= OPEN_AHEAD * self._current.num_rows:
-                    self._upcoming = self._open()
+                    self._upcoming = self._open(TASKS_PER_EXECUTION)
                 yield rows
 
     def close(self) -> None:
@@ -90,14 +95,14 @@ class RayRows:
 class _Opened:
     """A running execution; its first block is already on the way."""
 
-    def __init__(self, job: Job, items: list[Item], num_cpus: float) -> None:
+    def __init__(self, job: Job, items: list[Item], num_cpus: float, decode: bool) -> None:
         self.num_rows = sum(item.count for item in items)
         self._shape = job.shape
         self._blocks: Any = iter(())
         self._first: pa.Table | None = None
         if items:
             self._blocks = iter(
-                _dataset(job, items, num_cpus).iter_batches(
+                _dataset(job, items, num_cpus, decode).iter_batches(
                     batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCHED_BLOCKS
                 )
             )
@@ -122,12 +127,12 @@ class _Opened:
             self._blocks.close()
 
 
-def _open(job: Job, items: Iterator[Item], num_cpus: float) -> _Opened:
-    return _Opened(job, list(islice(items, TASKS_PER_EXECUTION)), num_cpus)
+def _open(job: Job, items: Iterator[Item], num_cpus: float, decode: bool, tasks: int) -> _Opened:
+    return _Opened(job, list(islice(items, tasks)), num_cpus, decode)
 
 
-def _dataset(job: Job, items: list[Item], num_cpus: float) -> Any:
-    source = _Items(job, items)
+def _dataset(job: Job, items: list[Item], num_cpus: float, decode: bool) -> Any:
+    source = _Items(job, items, decode)
     dataset = ray.data.read_datasource(source, override_num_blocks=len(source.tasks), num_cpus=num_cpus)
     context = dataset.context  # The dataset's own copy: nothing changes for other users of this process.
     context.execution_options.preserve_order = True
@@ -151,7 +156,7 @@ class Paced(ExecutionCallback):  # type: ignore[misc,unused-ignore]
 class _Items(Datasource):  # type: ignore[misc,unused-ignore]
     """Items as read tasks, small neighbours together in one."""
 
-    def __init__(self, job: Job, items: list[Item]) -> None:
+    def __init__(self, job: Job, items: list[Item], decode: bool) -> None:
         super().__init__()
         groups: list[list[Item]] = []
         size = FEWEST_ROWS
@@ -161,7 +166,8 @@ class _Items(Datasource):  # type: ignore[misc,unused-ignore]
                 size = 0
             groups[-1].append(item)
             size += item.count
-        self.tasks = [ReadTask(partial(_read, job, group), _metadata(job, group)) for group in groups]
+        read = partial(_read_decoded, job) if decode else partial(_read_files, job.fetch)
+        self.tasks = [ReadTask(partial(read, group), _metadata(job, group, decode)) for group in groups]
 
     def estimate_inmemory_data_size(self) -> int | None:
         return None
@@ -172,68 +178,22 @@ class _Items(Datasource):  # type: ignore[misc,unused-ignore]
         return self.tasks
 
 
-def _metadata(job: Job, items: list[Item]) -> BlockMetadata:
+def _metadata(job: Job, items: list[Item], decode: bool) -> BlockMetadata:
     rows = sum(item.count for item in items)
-    return BlockMetadata(num_rows=rows, size_bytes=rows * job.image_bytes, input_files=None, exec_stats=None)
+    size = rows * job.image_bytes if decode else sum(span.length for item in items for span in item.pages)
+    return BlockMetadata(num_rows=rows, size_bytes=size, input_files=None, exec_stats=None)
 
 
-def _read(job: Job, items: list[Item]) -> Iterator[pa.Table]:
+def _read_decoded(job: Job, items: list[Item]) -> Iterator[pa.Table]:
     """Runs in a Ray worker."""
     for item in items:
-        for rows in read_item(job, item):
-            yield table_of_rows(rows)
+        yield from map(table_of_pixels, read_decoded(job, item))
 
 
-# Rows as Arrow ------------------------------------------------------------------------------------------------------
-
-
-def table_of_rows(rows: Rows) -> pa.Table:
-    """No copy of the pixels. What was spent on the rows stands in the first one."""
-    n = len(rows)
-    first = np.arange(n) == 0
-    images = rows.images.reshape(n, -1)
-    pixels = pa.Array.from_buffers(pa.binary(images.shape[1]), n, [None, pa.py_buffer(images)])
-    return pa.table(
-        {
-            "lane": np.full(n, rows.lane, np.int32),
-            "k": np.arange(rows.k, rows.k + n),
-            "sample_id": rows.sample_ids,
-            "label": rows.labels,
-            "weight": rows.weights,
-            "fault": pa.array(rows.faults, pa.string()),
-            "num_pages": first * np.int32(rows.num_pages),
-            "num_bytes": first * np.int64(rows.num_bytes),
-            "cpu_seconds": first * rows.cpu_seconds,
-            "image": pixels,
-        }
-    )
-
-
-def rows_of_table(table: pa.Table, shape: tuple[int, int, int]) -> Iterator[Rows]:
-    """Rows of a block, cut where the lane changes or a position does not follow; views into Arrow's memory."""
-    for batch in table.to_batches():
-        lanes, k = batch["lane"].to_numpy(), batch["k"].to_numpy()
-        cuts = np.flatnonzero((np.diff(lanes) != 0) | (np.diff(k) != 1)) + 1
-        for begin, end in zip([0, *cuts.tolist()], [*cuts.tolist(), len(k)], strict=True):
-            part = batch.slice(begin, end - begin)
-            yield Rows(
-                lane=int(lanes[begin]),
-                k=int(k[begin]),
-                images=_pixels(part["image"], shape),
-                labels=part["label"].to_numpy(),
-                weights=part["weight"].to_numpy(),
-                sample_ids=part["sample_id"].to_numpy(),
-                faults=part["fault"].to_pylist(),
-                num_pages=int(part["num_pages"].to_numpy().sum()),
-                num_bytes=int(part["num_bytes"].to_numpy().sum()),
-                cpu_seconds=float(part["cpu_seconds"].to_numpy().sum()),
-            )
-
-
-def _pixels(column: pa.Array, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
-    size = column.type.byte_width
-    flat = np.frombuffer(column.buffers()[1], np.uint8, count=len(column) * size, offset=column.offset * size)
-    return flat.reshape(len(column), *shape)
+def _read_files(job: FetchJob, items: list[Item]) -> Iterator[pa.Table]:
+    """Runs in a Ray worker, which needs no torch for it."""
+    for item in items:
+        yield from tables_of_files(read_files(job, item))
 
 
 # Faults of the cluster ----------------------------------------------------------------------------------------------
@@ -252,12 +212,22 @@ def check_cpus(num_cpus: float, world_size: int) -> None:
         )
 
 
+def decodes_here(job: Job) -> bool:
+    """Whether the process that trains should decode: all CPUs are beside it, and images are large.
+
+    Pixels are larger than files, and moving them costs more than it gains if no other machine decodes. Small images
+    cost more Python than decoding, which would stand in the way of the training thread.
+    """
+    alone = sum(node["Alive"] for node in ray.nodes()) == 1
+    return alone and job.image_bytes >= LARGE_IMAGE_BYTES
+
+
 def _own_error(error: BaseException) -> BaseException:
     """Our own error out of Ray's wrappers, so that its message is the first thing to be read."""
     seen: BaseException | None = error
     while seen is not None:
         for candidate in (getattr(seen, "cause", None), seen):  # RayTaskError keeps the worker's error as its cause.
-            for kind in (FetchError, SampleError):
+            for kind in (FetchError, SampleError, EngineError):
                 if isinstance(candidate, kind):
                     return kind(str(candidate).partition("\n")[0])  # Ray adds advice about retries in more lines.
         seen = seen.__cause__

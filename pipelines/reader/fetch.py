@@ -1,7 +1,7 @@
-"""Pages of a shard as bytes: ranged reads, one request for pages that lie side by side.
+"""Pages of a shard as bytes: ranged reads into buffers that are used again, one request for pages side by side.
 
-`store.read` resumes a broken body from its last byte and retries with jitter. Here the shard is checked to be the one
-of the manifest, and errors name shard and byte. A page that cannot be had is always an error, never a masked row.
+`store.read_into` resumes a broken body from its last byte and retries with jitter. Here the shard is checked to be the
+one of the manifest, and errors name shard and byte. A page that cannot be had is always an error, never a masked row.
 """
 
 from __future__ import annotations
@@ -10,13 +10,18 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 from pipelines import store
+from pipelines.reader.buffers import Buffers
+from pipelines.reader.cache import PageCache
 
-__all__ = ["FetchError", "PageSpan", "fetch"]
+__all__ = ["CacheConfig", "FetchError", "Page", "PageSpan", "fetch", "replaced"]
 
-SHARDS_KEPT = 4096  # Sizes and ETags a process remembers, about 200 bytes each.
+SHARDS_KEPT = 4096  # ETags a process remembers, about 200 bytes each.
 LONGEST_READ = 32 << 20  # Bytes in one request, so that a lost connection loses little and memory stays bounded.
+STALL_SECONDS = 10.0  # Without a byte, until the connection is given up.
 
 
 class FetchError(RuntimeError):
@@ -39,18 +44,69 @@ class PageSpan:
     source: int = -1  # Of the corpus: whose tar it is; -1: its own.
 
 
-_shards: OrderedDict[str, store.ObjectInfo] = OrderedDict()
-_shards_lock = threading.Lock()
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """Where a node keeps pages, and how many bytes of them."""
+
+    folder: str
+    max_bytes: int
 
 
-def fetch(spans: Sequence[PageSpan]) -> list[memoryview]:
-    """Bytes of each page, in the order given."""
-    pages: list[memoryview] = []
-    for run in _runs(spans):
+class Page(NamedTuple):
+    """A page's bytes, and the version of its shard."""
+
+    data: memoryview
+    etag: str
+
+
+_buffers = Buffers()
+_etags: OrderedDict[str, str] = OrderedDict()
+_etags_lock = threading.Lock()
+
+
+def fetch(spans: Sequence[PageSpan], cache: CacheConfig | None = None) -> list[Page]:
+    """Each page, in the order given. The memory is used again when the last view of it is gone."""
+    kept = _cache(cache) if cache is not None else None
+    pages: dict[PageSpan, Page] = {}
+    if kept is not None:
+        pages = {span: page for span in spans if (page := _read_kept(kept, span)) is not None}
+    for run in _runs([span for span in spans if span not in pages]):
         first, last = run[0], run[-1]
-        data = memoryview(_read(first, last.offset + last.length - first.offset))
-        pages += [data[span.offset - first.offset : span.offset - first.offset + span.length] for span in run]
-    return pages
+        data, etag = _read(first, last.offset + last.length - first.offset)
+        for span in run:
+            at = span.offset - first.offset
+            page = pages[span] = Page(data[at : at + span.length], etag)
+            if kept is not None:
+                kept.put(span.uri, page.etag, span.offset, page.data)
+    return [pages[span] for span in spans]
+
+
+@lru_cache(maxsize=4)
+def _cache(config: CacheConfig) -> PageCache:
+    return PageCache(config.folder, config.max_bytes)
+
+
+def _read_kept(cache: PageCache, span: PageSpan) -> Page | None:
+    """The page from the node's disk, while the store still has the shard that it belongs to."""
+    etag = _known_etag(span.uri)
+    if etag is None:
+        try:
+            found = store.stat(span.uri)
+        except store.StoreError:
+            return None  # Reading it says what is wrong.
+        if found.size != span.shard_bytes:
+            raise FetchError(_wrong_size(span, found.size))
+        etag = found.etag
+        _remember(span.uri, etag)
+    data = _buffers.take(span.length).data
+    return Page(data, etag) if cache.get(span.uri, etag, span.offset, data) else None
+
+
+def replaced(uri: str, where: str = "") -> FetchError:
+    """The error for a shard that has become another one."""
+    return FetchError(
+        f"{uri} was replaced while it was read{where}; shards never change: write a new corpus version instead"
+    )
 
 
 def _runs(spans: Sequence[PageSpan]) -> list[list[PageSpan]]:
@@ -67,49 +123,62 @@ def _runs(spans: Sequence[PageSpan]) -> list[list[PageSpan]]:
     return runs
 
 
-def _read(span: PageSpan, length: int) -> bytes:
-    shard = _shard(span)
+def _read(span: PageSpan, length: int) -> Page:
+    buffer = _buffers.take(length).data
+    where = f"{span.uri}: bytes {span.offset:,} to {span.offset + length:,}"
+    known = _known_etag(span.uri)
     try:
-        return store.read(span.uri, span.offset, length, if_match=shard.etag)
-    except store.Conflict:
-        _forget(span.uri)
-        raise FetchError(
-            f"{span.uri} was replaced while it was read (at byte {span.offset:,})"
-            "; shards never change: write a new corpus version instead"
-        ) from None
-    except store.StoreError as error:
-        raise FetchError(
-            f"{span.uri}: bytes {span.offset:,} to {span.offset + length:,} cannot be read: {error}"
-        ) from error
-
-
-def _shard(span: PageSpan) -> store.ObjectInfo:
-    """Size and ETag of the shard, asked once per process; the size must be the manifest's."""
-    with _shards_lock:
-        known = _shards.get(span.uri)
-        if known is not None:
-            _shards.move_to_end(span.uri)
-            return known
-    try:
-        info = store.stat(span.uri)
+        found = store.read_into(span.uri, buffer, span.offset, if_match=known, stall_seconds=STALL_SECONDS)
     except store.NotFound:
         raise FetchError(
             f"{span.uri} is missing, but the manifest lists it; restore it or make a new version"
         ) from None
+    except store.Conflict:
+        _forget(span.uri)
+        raise replaced(span.uri, f" (at byte {span.offset:,})") from None
     except store.StoreError as error:
-        raise FetchError(f"{span.uri} (for byte {span.offset:,}): {error}") from error
-    if info.size != span.shard_bytes:
-        raise FetchError(
-            f"{span.uri} has {info.size:,} bytes, the manifest says {span.shard_bytes:,}: truncated or replaced"
-            "; restore it or make a new corpus version"
-        )
-    with _shards_lock:
-        _shards[span.uri] = info
-        while len(_shards) > SHARDS_KEPT:
-            _shards.popitem(last=False)
-    return info
+        _check_size(span, error)
+        raise FetchError(f"{where} cannot be read: {error}") from error
+    if found.size != span.shard_bytes:
+        raise FetchError(_wrong_size(span, found.size))
+    _remember(span.uri, found.etag)
+    return Page(buffer, found.etag)
+
+
+def _check_size(span: PageSpan, error: store.StoreError) -> None:
+    """A shard that ends too early has a better explanation than the failed request."""
+    try:
+        size = store.stat(span.uri).size
+    except store.StoreError:
+        return
+    if size != span.shard_bytes:
+        raise FetchError(_wrong_size(span, size)) from error
+
+
+def _wrong_size(span: PageSpan, size: int) -> str:
+    return (
+        f"{span.uri} has {size:,} bytes, the manifest says {span.shard_bytes:,}: truncated or replaced"
+        "; restore it or make a new corpus version"
+    )
+
+
+# A process holds on to the first ETag that it saw of a shard: whatever replaces the shard is then refused.
+
+
+def _known_etag(uri: str) -> str | None:
+    with _etags_lock:
+        if uri in _etags:
+            _etags.move_to_end(uri)
+        return _etags.get(uri)
+
+
+def _remember(uri: str, etag: str) -> None:
+    with _etags_lock:
+        _etags[uri] = etag
+        while len(_etags) > SHARDS_KEPT:
+            _etags.popitem(last=False)
 
 
 def _forget(uri: str) -> None:
-    with _shards_lock:
-        _shards.pop(uri, None)
+    with _etags_lock:
+        _etags.pop(uri, None)

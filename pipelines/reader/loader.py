@@ -5,20 +5,25 @@ Usable in a Ray Train worker, in a plain script, and without Ray (`ReaderConfig(
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from pipelines.config import Strict, how
 from pipelines.reader import order as law
+from pipelines.reader.assemble import RowSource
 from pipelines.reader.augment import AugmentConfig
-from pipelines.reader.fetch import PageSpan
+from pipelines.reader.device import DeviceBatches
+from pipelines.reader.engines import choose
+from pipelines.reader.fetch import CacheConfig, PageSpan
+from pipelines.reader.levels import changes_of
 from pipelines.reader.order import Order, OrderError, PageRows, Window, lanes_of_rank
-from pipelines.reader.rows import Item, Job
+from pipelines.reader.rows import FetchJob, Item, Job
 from pipelines.reader.selection import check_single_label, label_sources
-from pipelines.reader.stream import BatchStream, ReaderStats, RowSource
+from pipelines.reader.stream import BatchStream, ReaderStats
 
 if TYPE_CHECKING:
     from pipelines.corpus.manifest import Corpus, Pages
@@ -28,8 +33,10 @@ __all__ = [
     "WINDOW_PAGES",
     "AugmentConfig",
     "BatchStream",
+    "DeviceBatches",
     "ReaderConfig",
     "ReaderStats",
+    "changes_of",
     "choose_lanes",
     "eval_batches",
     "train_batches",
@@ -38,21 +45,40 @@ __all__ = [
 WINDOW_PAGES = 4  # G of the order law, for a run that starts; a checkpoint keeps its own.
 
 
+CACHE_BYTES, FEWEST_CACHE_BYTES = 100_000_000_000, 64 << 20
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReaderConfig(Strict):
-    """How images are read. Neither field but `engine` and `on_bad` changes what is read."""
+    """How images are read. No field but `on_bad` changes what is read: engines whose pixels differ are refused."""
 
     backend: Literal["ray", "local"] = how(default="ray")  # ray: any CPU of the cluster; local: threads of this process
-    engine: Literal["wheels"] = "wheels"  # Decoder; decides the pixels
+    engine: Literal["auto", "wheels", "native"] = how(default="auto")  # Decoder; auto: native where it was built
     on_bad: Literal["mask", "fail"] = "mask"  # A bad image: weight 0 and counted, or an error
     max_bad_fraction: float = how(default=0.05)  # mask: more bad images than this stop the run
     num_cpus: float = how(default=1.0)  # ray: CPU share of one read task; below 1 on small machines
-    num_threads: int = how(default=2)  # local: decoding threads
+    decode: Literal["auto", "tasks", "here"] = how(
+        default="auto"
+    )  # ray: in the read tasks, or on threads of the process that trains; auto: docs/reader.md says when
+    num_threads: int | None = how(default=None)  # Decoding threads of a process that trains; null: its share of CPUs
+    ahead: int = how(default=2)  # Steps that are made before they are asked for
+    cache: str | None = how(default=None)  # Folder on each reading node that keeps pages between epochs; null: none
+    cache_bytes: int = how(default=CACHE_BYTES)  # Most that a node keeps there
 
     def __post_init__(self) -> None:
-        if self.num_cpus <= 0 or self.num_threads < 1:
+        if self.num_cpus <= 0 or (self.num_threads is not None and self.num_threads < 1):
             raise ValueError(
                 f"num_cpus={self.num_cpus}, num_threads={self.num_threads}: reading needs more than 0 and at least 1"
+            )
+        if self.ahead < 1:
+            raise ValueError(f"ahead={self.ahead}: at least the step that is asked for must be made; 2 is usual")
+        if self.backend == "local" and self.decode == "tasks":
+            raise ValueError("decode=tasks has no effect with backend=local, which has no tasks; remove one")
+        if self.cache is None and self.cache_bytes != CACHE_BYTES:
+            raise ValueError(f"cache_bytes={self.cache_bytes} has no effect without cache; set cache to a folder")
+        if self.cache_bytes < FEWEST_CACHE_BYTES:
+            raise ValueError(
+                f"cache_bytes={self.cache_bytes} holds no page; give at least {FEWEST_CACHE_BYTES:,}, or no cache"
             )
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction={self.max_bad_fraction} is not a fraction from 0 to 1")
@@ -79,8 +105,12 @@ def train_batches(
     window_pages: int = WINDOW_PAGES,
     max_workers: int | None = None,
     reader: ReaderConfig | None = None,
+    pinned: bool = False,
 ) -> BatchStream:
-    """This rank's part of each step from start_step to total_steps; batch_size counts all ranks."""
+    """This rank's part of each step from start_step to total_steps; batch_size counts all ranks.
+
+    `pinned`: images in page-locked memory, from which a GPU copies by itself. `DeviceBatches` takes it from there.
+    """
     reader = reader or ReaderConfig()
     check_single_label(corpus)
     pages = corpus.pages(split)
@@ -92,16 +122,17 @@ def train_batches(
     mine = lanes_of_rank(lanes, rank, world_size)
     locate = _Pages(corpus, pages)
     items = (locate.item(window) for window in order.windows(mine, start_step, total_steps))
-    sources = label_sources(corpus)
-    job = Job(seed, spec, augment, len(corpus.class_names), reader.on_bad, corpus.reference, sources)
-    return BatchStream(
-        _rows(reader, job, items, world_size),
+    job = Job(_fetch_job(corpus, seed, reader), spec, augment, reader.on_bad, choose(reader.engine))
+    return _stream(
+        reader,
+        job,
+        items,
         mine,
-        job.shape,
+        world_size,
         rows_per_lane=order.rows_per_step,
         start_step=start_step,
         stop_step=total_steps,
-        max_bad_fraction=reader.max_bad_fraction,
+        pinned=pinned,
     )
 
 
@@ -114,6 +145,7 @@ def eval_batches(
     rank: int = 0,
     world_size: int = 1,
     reader: ReaderConfig | None = None,
+    pinned: bool = False,
 ) -> BatchStream:
     """Every sample exactly once, in manifest order: a contiguous slice per rank, padded with weight 0.
 
@@ -131,28 +163,50 @@ def eval_batches(
     size = batch_size // world_size
     longest = -(-total // world_size)
     locate = _Pages(corpus, pages)
-    sources = label_sources(corpus)
-    job = Job(0, spec, None, len(corpus.class_names), reader.on_bad, corpus.reference, sources)
-    return BatchStream(
-        _rows(reader, job, locate.slice(ends, begin, end), world_size),
+    job = Job(_fetch_job(corpus, 0, reader), spec, None, reader.on_bad)
+    return _stream(
+        reader,
+        job,
+        locate.slice(ends, begin, end),
         [0],
-        job.shape,
+        world_size,
         rows_per_lane=size,
         start_step=0,
         stop_step=-(-longest // size),
         num_rows=end - begin,
-        max_bad_fraction=reader.max_bad_fraction,
+        pinned=pinned,
     )
 
 
-def _rows(reader: ReaderConfig, job: Job, items: Iterator[Item], world_size: int) -> RowSource:
+def _fetch_job(corpus: Corpus, seed: int, reader: ReaderConfig) -> FetchJob:
+    cache = CacheConfig(reader.cache, reader.cache_bytes) if reader.cache is not None else None
+    return FetchJob(seed, len(corpus.class_names), corpus.reference, label_sources(corpus), cache)
+
+
+def _stream(
+    reader: ReaderConfig, job: Job, items: Iterator[Item], lanes: Sequence[int], world_size: int, **steps: Any
+) -> BatchStream:
+    rows: RowSource
     if reader.backend == "local":
         from pipelines.reader.threads import read_in_threads
 
-        return read_in_threads(job, items, reader.num_threads)
-    from pipelines.reader.executions import RayRows
+        rows, decodes_here = read_in_threads(job.fetch, items), True
+    else:
+        from pipelines.reader.executions import RayRows
+        from pipelines.reader.executions import decodes_here as chosen
 
-    return RayRows(job, items, reader.num_cpus, world_size)
+        decodes_here = chosen(job) if reader.decode == "auto" else reader.decode == "here"
+        rows = RayRows(job, items, reader.num_cpus, world_size, decode=not decodes_here)
+    return BatchStream(
+        rows,
+        lanes,
+        job.shape,
+        job=job if decodes_here else None,
+        num_threads=reader.num_threads or max(1, (os.cpu_count() or 1) // world_size),
+        ahead=reader.ahead,
+        max_bad_fraction=reader.max_bad_fraction,
+        **steps,
+    )
 
 
 class _Pages:

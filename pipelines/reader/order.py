@@ -20,6 +20,9 @@ MAX_LANES = 64
 PAGES_PER_LANE = 20  # Every lane border splits a page, which is then fetched twice: 1 in 20 keeps that below 5 %.
 EPOCHS_KEPT = 3  # Lanes differ in length by one row, so around an epoch's end some stand in e and some in e + 1.
 
+BLOCK = 256  # Pages whose rows are added up when one of them is looked for.
+SUMMED_TOGETHER = BLOCK << 12  # Pages, so that planning needs little memory beside its result.
+
 # Purposes keep the random streams of one seed apart.
 PAGES_PURPOSE, WINDOW_PURPOSE = 0, 1
 
@@ -132,11 +135,10 @@ class Order:
         """len(l): rows of a lane in each epoch."""
         return self.cut(lane + 1) - self.cut(lane)
 
-    def _plan_epoch(self, epoch: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Page order of an epoch, and the row where each of these pages ends: 12 bytes a page is all that is kept."""
+    def _plan_epoch(self, epoch: int) -> _Epoch:
         order = np.arange(self.num_pages, dtype=np.int32)
         generator(self.seed, PAGES_PURPOSE, epoch).shuffle(order)  # = permutation(P), at half its memory
-        return order, np.cumsum(self.rows_per_page[order], dtype=np.int64)
+        return _Epoch(order, self.rows_per_page)
 
     def windows_of_lane(self, lane: int, start: int, stop: int) -> Iterator[Window]:
         """The windows that hold tape positions [start, stop) of a lane; earlier epochs are not walked."""
@@ -144,24 +146,20 @@ class Order:
         k = start
         while k < stop:
             epoch, position = divmod(k, length)
-            order, ends = self._epoch(epoch)
-            first_page = int(np.searchsorted(ends, begin, side="right"))
-            page = int(np.searchsorted(ends, begin + position, side="right"))
-            number = (page - first_page) // self.window_pages
+            plan = self._epoch(epoch)
+            first_page = plan.place_of(begin)
+            number = (plan.place_of(begin + position) - first_page) // self.window_pages
             low = first_page + number * self.window_pages
-            high = min(low + self.window_pages, int(np.searchsorted(ends, end, side="left")) + 1)
-            spans = []
-            for i in range(low, high):
-                page_end = int(ends[i])
-                page_begin = page_end - int(self.rows_per_page[order[i]])
-                spans.append(
-                    PageRows(int(order[i]), max(begin, page_begin) - page_begin, min(end, page_end) - page_begin)
-                )
-            window_begin = max(begin, int(ends[low - 1]) if low else 0) - begin
-            window_end = min(end, int(ends[high - 1])) - begin
-            skip = position - window_begin
-            count = min(window_end - position, stop - k)
-            yield Window(lane, epoch, number, k, skip, count, tuple(spans))
+            high = min(low + self.window_pages, plan.place_of(end - 1) + 1)
+            pages, ends = plan.pages(low, high)
+            begins = ends - self.rows_per_page[pages]
+            spans = tuple(
+                PageRows(page, max(begin, page_begin) - page_begin, min(end, page_end) - page_begin)
+                for page, page_begin, page_end in zip(pages.tolist(), begins.tolist(), ends.tolist(), strict=True)
+            )
+            skip = position - (max(begin, int(begins[0])) - begin)
+            count = min(min(end, int(ends[-1])) - begin - position, stop - k)
+            yield Window(lane, epoch, number, k, skip, count, spans)
             k += count
 
     def windows(self, lanes: Iterable[int], start_step: int, stop_step: int) -> Iterator[Window]:
@@ -190,6 +188,35 @@ class Order:
             for window in self.windows_of_lane(lane, step * b, step * b + b)
         ]
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+
+class _Epoch:
+    """Page order of an epoch, laid end to end. 4 bytes a page: the rows before a page are summed block by block."""
+
+    def __init__(self, order: NDArray[np.int32], rows_per_page: NDArray[np.integer]) -> None:
+        self._order, self._rows = order, rows_per_page
+        sums = np.empty(-(-len(order) // BLOCK) + 1, np.int64)
+        sums[0] = 0
+        for start in range(0, len(order), SUMMED_TOGETHER):
+            rows = rows_per_page[order[start : start + SUMMED_TOGETHER]]
+            blocks = np.add.reduceat(rows, np.arange(0, len(rows), BLOCK), dtype=np.int64)
+            first = start // BLOCK + 1
+            sums[first : first + len(blocks)] = blocks
+        self._before = np.cumsum(sums)  # Rows before each block, and all of them.
+
+    def place_of(self, row: int) -> int:
+        """Place in the order of the page that holds this row of the epoch."""
+        block = int(np.searchsorted(self._before, row, side="right")) - 1
+        pages = self._order[block * BLOCK : (block + 1) * BLOCK]
+        ends = self._before[block] + np.cumsum(self._rows[pages], dtype=np.int64)
+        return block * BLOCK + int(np.searchsorted(ends, row, side="right"))
+
+    def pages(self, low: int, high: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Pages at places [low, high), and the row of the epoch at which each ends."""
+        block = low // BLOCK
+        pages = self._order[block * BLOCK : high]
+        ends = self._before[block] + np.cumsum(self._rows[pages], dtype=np.int64)
+        return pages[low - block * BLOCK :], ends[low - block * BLOCK :]
 
 
 def permutation(seed: int, epoch: int, lane: int, number: int, num_rows: int) -> NDArray[np.int64]:

@@ -1,52 +1,63 @@
-"""What one piece of reading work is and gives: an item in, decoded rows of one lane out.
+"""What one piece of reading work is and gives: an item in, rows of one lane out, as files or as decoded pixels.
 
-Both backends run `read_item`, so their pixels are the same.
+Both backends run the same functions on the same rows, so their pixels are the same.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.reader.augment import AugmentConfig
+from pipelines.reader.buffers import Buffers
 from pipelines.reader.decode import decode_for_evaluation, decode_for_training
-from pipelines.reader.fetch import PageSpan, fetch
-from pipelines.reader.labels import find_label
+from pipelines.reader.engines import Engine, require
+from pipelines.reader.fetch import CacheConfig, PageSpan, fetch
 from pipelines.reader.order import permutation
+from pipelines.reader.pages import Sample, SampleError, samples_of_page
 from pipelines.reader.selection import LabelSource, select
-from pipelines.reader.tar import TarSample, walk
 
 if TYPE_CHECKING:
     from vit_model.preprocess import InputSpec
 
-__all__ = ["IMAGE_EXTENSIONS", "Item", "Job", "Rows", "SampleError", "read_item"]
+__all__ = ["FetchJob", "Item", "Job", "Rows", "SampleError", "decode_into", "read_decoded", "read_files"]
 
-IMAGE_EXTENSIONS = ("jpg", "png", "webp", "jpeg")
 ROWS_TOGETHER = 512  # Rows of one piece at most; enough to make the cost per piece vanish for tiny images.
-PIECE_BYTES = 8 << 20  # Decoded bytes of one piece at most: bounds memory, and a first batch comes soon.
+PIECE_BYTES = 8 << 20  # Bytes of one piece at most: bounds memory, and a first batch comes soon.
+
+_buffers = Buffers()
 
 
-class SampleError(RuntimeError):
-    """A sample is bad and the policy is to stop."""
+@dataclass(frozen=True, slots=True)
+class FetchJob:
+    """What fetching and walking needs to know. Not the model's input: a process that only fetches imports no torch."""
+
+    seed: int
+    num_classes: int
+    corpus: str = ""  # Reference of the manifest: its class names, where tars name the class instead of numbering it.
+    sources: tuple[LabelSource, ...] = ()  # Label spaces of the tars, where they are not the corpus' own.
+    cache: CacheConfig | None = None  # Of the node that fetches.
+
+    def space(self, source: int) -> LabelSource:
+        """The label space in which a tar was written, and the way back from it."""
+        return LabelSource(self.corpus, self.num_classes, None) if source < 0 else self.sources[source]
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """What all items of a stream share."""
 
-    seed: int
+    fetch: FetchJob
     spec: InputSpec
     augment: AugmentConfig | None  # None: the evaluation path.
-    num_classes: int
     on_bad: Literal["mask", "fail"] = "mask"
-    corpus: str = ""  # Reference of the manifest: its class names, where tars name the class instead of numbering it.
-    sources: tuple[LabelSource, ...] = ()  # Label spaces of the tars, where they are not the corpus' own.
+    engine: Engine | None = None  # Training: what decodes, here and on every node; None: the wheels, unchecked.
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -56,13 +67,6 @@ class Job:
     @property
     def image_bytes(self) -> int:
         return math.prod(self.shape)
-
-    def inside(self, source: int) -> tuple[Job, tuple[int, ...] | None]:
-        """The same job in the label space of a tar, and the way back."""
-        if source < 0:
-            return self, None
-        space = self.sources[source]
-        return replace(self, num_classes=space.num_classes, corpus=space.corpus), space.labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,127 +85,146 @@ class Item:
 
 @dataclass(slots=True)
 class Rows:
-    """Decoded rows k, k + 1, ... of one lane. A bad row has weight 0, a black image and a fault."""
+    """Rows k, k + 1, ... of one lane. A bad row has weight 0, a black image and a fault."""
 
     lane: int
     k: int
-    images: NDArray[np.uint8]  # (n, C, H, W)
+    epoch: int
+    images: NDArray[np.uint8] | list[memoryview]  # Decoded (n, C, H, W), or the files.
     labels: NDArray[np.int64]
     weights: NDArray[np.float32]
     sample_ids: NDArray[np.int64]
     faults: list[str]  # "" or "reason: shard, key, what is wrong"
+    names: list[str]  # "shard, sample key" for a fault to come; decoded rows have none.
     num_pages: int = 0  # Fetched for these rows.
     num_bytes: int = 0
     cpu_seconds: float = 0.0
+    versions: tuple[tuple[str, str], ...] = ()  # (URI, ETag) of the shards that were read.
 
     def __len__(self) -> int:
         return len(self.sample_ids)
 
+    @property
+    def is_decoded(self) -> bool:
+        return not isinstance(self.images, list)
 
-NOTHING = memoryview(b"")
+    def part(self, first: int, last: int) -> Rows:
+        """Rows [first, last), as views; what was spent on the whole is not repeated."""
+        return Rows(
+            self.lane,
+            self.k + first,
+            self.epoch,
+            self.images[first:last],
+            self.labels[first:last],
+            self.weights[first:last],
+            self.sample_ids[first:last],
+            self.faults[first:last],
+            self.names[first:last],
+        )
 
 
-@dataclass(slots=True)
-class _Sample:
-    """One row to come: where its bytes are, and what is already known to be wrong with it."""
-
-    image: memoryview = NOTHING
-    label: int = 0
-    key: str = ""
-    uri: str = ""
-    fault: str = ""
-
-
-def read_item(job: Job, item: Item) -> Iterator[Rows]:
-    """Fetch the window's pages, walk them, and decode the rows still to come, a few megabytes at a time."""
+def read_files(job: FetchJob, item: Item) -> Rows:
+    """Fetch the window's pages and walk them: the files of the rows still to come, in tape order."""
     started = time.thread_time()
-    pages = fetch(item.pages)
-    samples: list[_Sample] = []
+    pages = fetch(item.pages, job.cache)
+    samples: list[Sample] = []
     ids: list[NDArray[np.int64]] = []
     for span, page in zip(item.pages, pages, strict=True):
-        own, labels = job.inside(span.source)
-        samples += select(_samples(span, page, own), span.chosen, labels)[span.first : span.last]
+        space = job.space(span.source)
+        found = samples_of_page(span, page.data, space.num_classes, space.corpus)
+        samples += select(found, span.chosen, space.labels)[span.first : span.last]
         ids.append(np.arange(span.first_id + span.first, span.first_id + span.last, dtype=np.int64))
-    sample_ids = np.concatenate(ids)
     order = (
         permutation(job.seed, item.epoch, item.lane, item.window, len(samples))
         if item.is_shuffled
         else np.arange(len(samples))
     )[item.skip : item.skip + item.count]
-    num_pages, num_bytes = len(pages), sum(map(len, pages))
-    together = max(1, min(ROWS_TOGETHER, PIECE_BYTES // job.image_bytes))
-    for start in range(0, len(order), together):
-        part = order[start : start + together]
-        rows = _decode(job, item, item.k + start, [samples[i] for i in part], sample_ids[part])
-        rows.num_pages, rows.num_bytes = num_pages, num_bytes
-        rows.cpu_seconds = time.thread_time() - started
-        yield rows
-        num_pages = num_bytes = 0
-        started = time.thread_time()
-
-
-def _decode(job: Job, item: Item, k: int, samples: list[_Sample], sample_ids: NDArray[np.int64]) -> Rows:
-    places = np.array([i for i, sample in enumerate(samples) if not sample.fault], np.int64)
-    data = [samples[i].image for i in places]
-    images = np.zeros((len(samples), *job.shape), np.uint8)
-    if job.augment is None:
-        faults = decode_for_evaluation(data, places, job.spec, images)
-    else:
-        faults = decode_for_training(
-            data,
-            places,
-            sample_ids[places],
-            spec=job.spec,
-            augment=job.augment,
-            seed=job.seed,
-            epoch=item.epoch,
-            out=images,
-        )
-    texts = [sample.fault for sample in samples]
-    for i, (reason, text) in faults.items():
-        texts[i] = f"{reason}: {samples[i].uri}, sample {samples[i].key}: {text}"
-        images[i] = 0
-    bad = [text for text in texts if text]
-    if bad and job.on_bad == "fail":
-        raise SampleError(f"{bad[0]}; set on_bad=mask to go on without bad samples")
+    chosen = [samples[i] for i in order]
     return Rows(
         lane=item.lane,
-        k=k,
-        images=images,
-        labels=np.array([sample.label for sample in samples], np.int64),
-        weights=np.array([not text for text in texts], np.float32),
-        sample_ids=sample_ids,
-        faults=texts,
+        k=item.k,
+        epoch=item.epoch,
+        images=[sample.image for sample in chosen],
+        labels=np.array([sample.label for sample in chosen], np.int64),
+        weights=np.array([not sample.fault for sample in chosen], np.float32),
+        sample_ids=np.concatenate(ids)[order],
+        faults=[sample.fault for sample in chosen],
+        names=[sample.name for sample in chosen],
+        num_pages=len(pages),
+        num_bytes=sum(len(page.data) for page in pages),
+        cpu_seconds=time.thread_time() - started,
+        versions=tuple({span.uri: page.etag for span, page in zip(item.pages, pages, strict=True)}.items()),
     )
 
 
-def _samples(span: PageSpan, page: memoryview, job: Job) -> list[_Sample]:
-    """One entry for each row of the page, whatever its state."""
-    found, problem = walk(page)
-    samples = [_sample(sample, page, span.uri, job) for sample in found]
-    if len(samples) > span.num_rows or (problem is None and len(samples) < span.num_rows):
-        raise SampleError(
-            f"{span.uri}: the page at byte {span.offset:,} holds {len(samples)} samples, the manifest says "
-            f"{span.num_rows}; the shard is not the manifest's: restore it or index it again"
-        )
-    if problem is not None:
-        fault = f"{problem.reason}: {span.uri}, page at byte {span.offset:,}: {problem}"
-        samples += [_Sample(uri=span.uri, fault=fault) for _ in range(span.num_rows - len(samples))]
-    return samples
+def read_decoded(job: Job, item: Item) -> Iterator[Rows]:
+    """The same rows as pixels, a few megabytes at a time. Raises what `engines.require` does."""
+    if job.engine is not None:
+        require(job.engine.name, job.engine.pixels)
+    files = read_files(job.fetch, item)
+    together = max(1, min(ROWS_TOGETHER, PIECE_BYTES // job.image_bytes))
+    for first in range(0, len(files), together):
+        started = time.thread_time()
+        rows = files.part(first, min(first + together, len(files)))
+        images = _buffers.take(len(rows) * job.image_bytes).reshape(-1, *job.shape)
+        for i, fault in decode_into(job, [rows], np.arange(len(rows)), images).items():
+            rows.faults[i], rows.weights[i] = fault, 0.0
+        rows.images, rows.names = images, []
+        rows.cpu_seconds = time.thread_time() - started
+        if not first:
+            rows.num_pages, rows.num_bytes, rows.versions = files.num_pages, files.num_bytes, files.versions
+            rows.cpu_seconds += files.cpu_seconds
+        yield rows
 
 
-def _sample(found: TarSample, page: memoryview, uri: str, job: Job) -> _Sample:
-    sample = _Sample(key=found.key, uri=uri)
-    for extension in IMAGE_EXTENSIONS:
-        image = found.members.get(extension)
-        if image is not None:
-            sample.image = page[image[0] : image[0] + image[1]]
-            break
-    else:
-        sample.fault = f"missing_image: {uri}, sample {found.key} has members {sorted(found.members)}"
-        return sample
-    sample.label, problem = find_label(found, page, job.num_classes, job.corpus)
-    if problem:
-        reason, _, text = problem.partition(": ")
-        sample.fault = f"{reason}: {uri}, sample {found.key}: {text}"
-    return sample
+def decode_into(
+    job: Job, parts: Sequence[Rows], places: NDArray[np.int64], images: NDArray[np.uint8]
+) -> dict[int, str]:
+    """Decode the files of `parts`, laid end to end, into images[places]. Returns the fault of each row that is bad.
+
+    Every named place is written: a bad row is black. Raises SampleError if the policy is to stop.
+    """
+    found: dict[int, str] = {}
+    offset = 0
+    for epoch, same in _by_epoch(parts):
+        files = [file for part in same for file in part.images]
+        faults = [fault for part in same for fault in part.faults]
+        names = [name for part in same for name in part.names]
+        good = np.array([i for i, fault in enumerate(faults) if not fault], np.int64)
+        where = places[offset : offset + len(files)]
+        texts = {i: fault for i, fault in enumerate(faults) if fault}
+        back = {int(where[i]): int(i) for i in good}
+        data = [files[i] for i in good]
+        if job.augment is None:
+            new = decode_for_evaluation(data, where[good], job.spec, images)
+        else:
+            ids = np.concatenate([part.sample_ids for part in same])[good]
+            new = decode_for_training(
+                data,
+                where[good],
+                ids,
+                spec=job.spec,
+                augment=job.augment,
+                seed=job.fetch.seed,
+                epoch=epoch,
+                out=images,
+                engine=job.engine.name if job.engine else "wheels",
+            )
+        for place, (reason, text) in new.items():
+            texts[back[place]] = f"{reason}: {names[back[place]]}: {text}"
+        for i, text in texts.items():
+            images[where[i]] = 0
+            found[offset + i] = text
+        offset += len(files)
+    if found and job.on_bad == "fail":
+        raise SampleError(f"{next(iter(found.values()))}; set on_bad=mask to go on without bad samples")
+    return found
+
+
+def _by_epoch(parts: Sequence[Rows]) -> Iterator[tuple[int, list[Rows]]]:
+    """Neighbours of one epoch: lanes differ in length by one row, so around an epoch's end two of them meet."""
+    start = 0
+    for end in range(1, len(parts) + 1):
+        if end == len(parts) or parts[end].epoch != parts[start].epoch:
+            yield parts[start].epoch, list(parts[start:end])
+            start = end

@@ -1,4 +1,4 @@
-"""The backend without Ray: reading work on threads of this process, for plain scripts, tests and small corpora."""
+"""The backend without Ray: pages are fetched on threads of this process, for plain scripts, tests and small corpora."""
 
 from __future__ import annotations
 
@@ -7,30 +7,26 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 
-from pipelines.reader.rows import Item, Job, Rows, read_item
+from pipelines.reader.rows import FetchJob, Item, Rows, read_files
 
 __all__ = ["read_in_threads"]
 
-WAITING = 2  # Finished items that may wait for the consumer, so that no thread idles while it computes.
+FETCHING = 4  # Windows on their way at once: a store answers late, not slowly.
 
 
-def read_in_threads(job: Job, items: Iterator[Item], num_threads: int) -> Generator[Rows, None, None]:
-    """Rows of each item in the order of the items; a bounded number of items is in work or waits to be taken."""
-    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="reader")
-    waiting: deque[Future[list[Rows]]] = deque()
+def read_in_threads(job: FetchJob, items: Iterator[Item]) -> Generator[Rows, None, None]:
+    """The files of each item in the order of the items; at most FETCHING items are read ahead of the one taken."""
+    pool = ThreadPoolExecutor(FETCHING, thread_name_prefix="fetch")
+    waiting: deque[Future[Rows]] = deque()
 
     def submit(count: int) -> None:
-        waiting.extend(pool.submit(_read_whole, job, item) for item in islice(items, count))
+        waiting.extend(pool.submit(read_files, job, item) for item in islice(items, count))
 
     try:
-        submit(num_threads + WAITING)
+        submit(FETCHING)
         while waiting:
-            pieces = waiting.popleft().result()
+            rows = waiting.popleft().result()
             submit(1)
-            yield from pieces
+            yield rows
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _read_whole(job: Job, item: Item) -> list[Rows]:
-    return list(read_item(job, item))

@@ -110,6 +110,15 @@ class Checkpoints:
                 log.warning("%s; falling back to the one before", error)
         return None
 
+    def newest_state(self) -> dict[str, Any]:
+        """state.json of the newest checkpoint, as it stands; empty if there is none to read."""
+        for found in self.found()[:1]:
+            try:
+                return dict(store.read_json(store.join(found.uri, STATE)))
+            except (store.StoreError, TypeError, ValueError):
+                break
+        return {}
+
     def at(self, attempt: int, step: int) -> Loaded:
         """Exactly this checkpoint: what another rank has chosen."""
         return self.load(Found(self._uri(attempt, step), step, attempt))

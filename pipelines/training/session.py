@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pipelines import identity, store
@@ -49,7 +50,7 @@ class SessionConfig:
     loop: LoopConfig
     # What decides which images form a step; on resume "lanes" and "window_pages" are taken from the checkpoint.
     order: dict[str, Any]
-    engine: str  # Decode engine and versions, which decide the pixels: the same from the first step to the last.
+    engine: str  # What decodes, by its pixels: the same from the first step to the last.
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     num_classes: int
     best: BestConfig | None = None
@@ -72,14 +73,16 @@ class Session:
         open_log: OpenLog,
         export: Callable[[Path, Mapping[str, Tensor]], None],
         objective: Objective | None = None,
+        bad_samples: Callable[[], Mapping[str, int]] | None = None,
     ) -> None:
         """`training(start_step, order)`, `validation()`, `test()` open this rank's batches.
 
         `export(path, tensors)` writes whole weights as a file; only rank 0 calls it.
+        `bad_samples`: this rank's count so far of each reason, the same reasons in the same order on every rank.
         """
         self.config, self.state, self.ranks = config, state, ranks
         self._prepare, self._training, self._export = prepare, training, export
-        self._objective = objective
+        self._objective, self._bad_samples = objective, bad_samples
         self._gradients = gradients_of(state, ranks)
         self._reporter = Reporter(config.attempt.uri, open_log) if ranks.rank == 0 else None
         self._saves = Saves(
@@ -256,6 +259,7 @@ class Session:
         steps, self._window_step = step - self._window_step, step
         self._seconds += steps * metrics["time/step"]
         self._images += steps * self.config.loop.train.batch_size
+        metrics |= self._bad_by_reason()
         self._latest.update(metrics)
         if self._reporter is not None:
             self._reporter.log({key: value for key, value in metrics.items() if key != "eta_seconds"}, step)
@@ -263,6 +267,14 @@ class Session:
 
     def _validate(self, step: int) -> bool:
         return self._held_out.validate(step, last=step >= self.config.loop.total_steps)
+
+    def _bad_by_reason(self) -> dict[str, float]:
+        """Bad samples since this start, summed over ranks. Collective."""
+        if self._bad_samples is None:
+            return {}
+        counts = self._bad_samples()
+        total = self.ranks.sum(torch.tensor(list(counts.values()), dtype=torch.float64, device=self.ranks.device))
+        return {f"data/bad/{reason}": count for reason, count in zip(counts, total.tolist(), strict=True) if count}
 
     def _wants_stop(self) -> bool:
         return self._reporter is not None and (self._reporter.stop_wanted or self._saves.fatal is not None)

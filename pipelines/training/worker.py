@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pipelines import store
 from pipelines.identity import Attempt, CannotResume
 from pipelines.progress import progress, say
+from pipelines.reader.engines import Engine
 from pipelines.reader.loader import AugmentConfig, ReaderConfig
 from pipelines.training.config import (
     AnyOptimizer,
@@ -64,7 +65,6 @@ class TrainJob:
     split: str
     lanes: int
     window_pages: int
-    engine: str  # Decode engine and versions, as the driver has them.
     seed: int
     total_steps: int
     num_images: int  # In the training split.
@@ -79,6 +79,7 @@ class TrainJob:
     schedule: ScheduleConfig
     augment: AugmentConfig
     reader: ReaderConfig
+    engine: Engine  # What decodes, on every node and after every resume.
     validation: ValidationConfig
     checkpoint: CheckpointConfig
     workers: WorkerConfig
@@ -107,19 +108,7 @@ def train_worker(config: dict[str, Any]) -> None:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32.
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    check_engine(job)
     build_session(job, Ranks.current(device), context.get_local_world_size()).run()
-
-
-def check_engine(job: TrainJob) -> None:
-    """Raises TrainingError where this node would decode other pixels than the driver's."""
-    from pipelines.reader.decode import engine_version
-
-    if (here := engine_version()) != job.engine:
-        raise TrainingError(
-            f"node {socket.gethostname()} has the decode engine {here}, the driver has {job.engine}: images would have "
-            "other pixels there; install the same versions on every node"
-        )
 
 
 def build_session(job: TrainJob, ranks: Ranks, local_size: int = 1) -> Session:
@@ -127,7 +116,8 @@ def build_session(job: TrainJob, ranks: Ranks, local_size: int = 1) -> Session:
     import torch
 
     from pipelines.corpus.manifest import open_corpus
-    from pipelines.reader.loader import eval_batches, train_batches
+    from pipelines.reader.engines import EngineError, require
+    from pipelines.reader.loader import DeviceBatches, changes_of, eval_batches, train_batches
     from pipelines.training.build import build_state
     from pipelines.training.loop import LoopConfig
     from pipelines.training.objective import Objective, class_weight_tensor
@@ -135,13 +125,20 @@ def build_session(job: TrainJob, ranks: Ranks, local_size: int = 1) -> Session:
     from pipelines.training.teacher import load_teacher
     from vit_model import build_model, normalize, save_weights
 
+    try:
+        require(job.engine.name, job.engine.pixels)
+    except EngineError as error:
+        raise TrainingError(str(error)) from None  # Final: another try would find the same.
     corpus = open_corpus(job.corpus)
     num_classes = len(corpus.class_names)
     model = build_initial(job).to(ranks.device)
     batch_size = job.validation.batch_size // ranks.world_size * ranks.world_size or ranks.world_size
 
+    pinned = ranks.device.type == "cuda"
+    opened: list[DeviceBatches] = []  # The training stream, to ask it what was bad.
+
     def training(start_step: int, order: Mapping[str, Any]) -> Any:
-        return train_batches(
+        stream = train_batches(
             corpus,
             split=job.split,
             batch_size=job.train.batch_size,
@@ -155,10 +152,21 @@ def build_session(job: TrainJob, ranks: Ranks, local_size: int = 1) -> Session:
             lanes=order["lanes"],
             window_pages=order["window_pages"],
             reader=job.reader,
+            pinned=pinned,
         )
+        opened[:] = [
+            DeviceBatches(
+                stream,
+                ranks.device,
+                changes=changes_of(job.augment),
+                seed=job.seed,
+                num_classes=len(corpus.class_names),
+            )
+        ]
+        return opened[0]
 
     def held_out(split: str) -> Any:
-        return eval_batches(
+        stream = eval_batches(
             corpus,
             split=split,
             batch_size=batch_size,
@@ -166,7 +174,9 @@ def build_session(job: TrainJob, ranks: Ranks, local_size: int = 1) -> Session:
             rank=ranks.rank,
             world_size=ranks.world_size,
             reader=job.reader,
+            pinned=pinned,
         )
+        return DeviceBatches(stream, ranks.device)
 
     def export(path: Path, tensors: Mapping[str, Tensor]) -> None:
         whole = build_model(model.config, num_classes, job.head, device="meta")
@@ -200,7 +210,7 @@ def build_session(job: TrainJob, ranks: Ranks, local_size: int = 1) -> Session:
                 "lanes": job.lanes,
                 "window_pages": job.window_pages,
             },
-            engine=job.engine,
+            engine=job.engine.key,
             checkpoint=job.checkpoint,
             num_classes=num_classes,
             best=job.validation.best,
@@ -208,13 +218,19 @@ def build_session(job: TrainJob, ranks: Ranks, local_size: int = 1) -> Session:
         ),
         build_state(model, job.train, job.optimizer, ranks, job.parallel, local_size),
         ranks,
-        prepare=lambda images: normalize(images, job.input_spec, torch.float32),
+        # What autocast would make of it anyway, without the copy in fp32 between.
+        prepare=partial(
+            normalize,
+            spec=job.input_spec,
+            dtype=torch.bfloat16 if job.train.precision == "bf16" else torch.float32,
+        ),
         training=training,
         validation=partial(held_out, job.validation.split) if job.validation.split is not None else None,
         test=partial(held_out, job.validation.test_split) if job.validation.test_split is not None else None,
         open_log=lambda: open_log(job),
         export=export,
         objective=Objective(job.train, class_weights, teacher),
+        bad_samples=lambda: opened[0].stats().by_reason(),
     )
 
 

@@ -15,7 +15,8 @@ import pytest
 from pipelines import store
 from pipelines.corpus.manifest import Corpus
 from pipelines.reader import executions
-from pipelines.reader.executions import StarvedError, rows_of_table, table_of_rows
+from pipelines.reader.blocks import rows_of_table, table_of_pixels
+from pipelines.reader.executions import StarvedError
 from pipelines.reader.fetch import FetchError
 from pipelines.reader.loader import AugmentConfig, ReaderConfig, eval_batches, train_batches
 from pipelines.reader.rows import Rows
@@ -31,11 +32,13 @@ def some_rows(lane: int, k: int, count: int) -> Rows:
     return Rows(
         lane=lane,
         k=k,
+        epoch=k // 9,
         images=rng.integers(0, 256, (count, 3, 4, 5), dtype=np.uint8),
         labels=rng.integers(0, 9, count),
         weights=rng.integers(0, 2, count).astype(np.float32),
         sample_ids=rng.integers(0, 99, count),
         faults=["", *["bad: x"] * (count - 1)],
+        names=[],
         num_pages=3,
         num_bytes=1000,
         cpu_seconds=0.5,
@@ -45,7 +48,7 @@ def some_rows(lane: int, k: int, count: int) -> Rows:
 @pytest.mark.parametrize("cut", [1, 3, 7, 100])
 def test_rows_survive_any_slicing_of_their_blocks(cut: int) -> None:
     pieces = [some_rows(0, 5, 6), some_rows(0, 11, 2), some_rows(2, 0, 4), some_rows(0, 20, 3)]
-    table = pa.concat_tables(map(table_of_rows, pieces))
+    table = pa.concat_tables(map(table_of_pixels, pieces))
     blocks = [table.slice(start, cut) for start in range(0, len(table), cut)]
     found = [rows for block in blocks for rows in rows_of_table(block, (3, 4, 5))]
     for name in ("images", "labels", "weights", "sample_ids"):
@@ -60,7 +63,7 @@ def test_rows_survive_any_slicing_of_their_blocks(cut: int) -> None:
 
 def test_pixels_are_not_copied_into_arrow_and_back() -> None:
     rows = some_rows(0, 0, 4)
-    (back,) = rows_of_table(table_of_rows(rows), (3, 4, 5))
+    (back,) = rows_of_table(table_of_pixels(rows), (3, 4, 5))
     assert np.shares_memory(rows.images, back.images)
 
 

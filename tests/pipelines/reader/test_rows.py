@@ -164,9 +164,9 @@ def test_adjacent_pages_are_read_in_one_request(tmp_path: Path) -> None:
         return PageSpan(str(path), 100, offset, length, 1, 0, 0, 1)
 
     pages = fetch([span(10, 5), span(15, 20), span(0, 10)])
-    assert [bytes(page) for page in pages] == [bytes(range(10, 15)), bytes(range(15, 35)), bytes(range(10))]
-    assert pages[0].obj is pages[1].obj
-    assert pages[0].obj is not pages[2].obj
+    assert [bytes(page.data) for page in pages] == [bytes(range(10, 15)), bytes(range(15, 35)), bytes(range(10))]
+    assert pages[0].data.obj is pages[1].data.obj
+    assert pages[0].data.obj is not pages[2].data.obj
 
 
 def test_a_batch_knows_its_length(make_corpus: Callable[..., Corpus]) -> None:

@@ -21,11 +21,13 @@ def piece(lane: int, k: int, count: int) -> Rows:
     return Rows(
         lane=lane,
         k=k,
+        epoch=0,
         images=np.broadcast_to(ids.astype(np.uint8)[:, None, None, None], (count, 1, 2, 2)),
         labels=ids,
         weights=np.ones(count, np.float32),
         sample_ids=ids,
         faults=[""] * count,
+        names=[],
     )
 
 
