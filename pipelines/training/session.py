@@ -304,12 +304,14 @@ class Session:
         if self._saves.fatal is not None:
             self._write_outcome(error=str(self._saves.fatal))
             return
-        chosen = self._weights()
         export = self.config.loop.train.export
         if finished:
+            chosen = self._weights()
+            as_trained = export == "last" and not self.state.averages_itself
+            handed_on = {} if as_trained else chosen[export]
             if export != "last" or self.state.step < self.config.loop.total_steps:
-                self._held_out.conclude("val", chosen[export])
-            self._held_out.conclude("test", chosen[export])
+                self._held_out.conclude("val", handed_on)
+            self._held_out.conclude("test", handed_on)
         self._saves.save()
         self._saves.wait()
         if not finished:

@@ -213,3 +213,45 @@ def test_ctrl_c_then_kill_9_then_the_same_command_finishes(stack: Any, colours: 
 def test_a_split_that_is_not_there_is_named_before_anything_starts(stack: Any, colours: str) -> None:
     with pytest.raises(ValueError, match=r"validation.split='vall' is no split .* it has train \(480\), val \(90\)"):
         pretrain.run(recipe(colours, validation={"split": "vall"}))
+
+
+@pytest.mark.stack
+def test_cut_over_two_workers_with_teacher_average_and_best_weights(stack: Any, colours: str, tmp_path: Path) -> None:
+    """Most options in one run of Ray Train, and what it hands on: whole weights that any code reads."""
+    from pipelines.corpus.manifest import open_corpus
+    from vit_model import OutputSpec, ViTConfig, build_model, load_model, save_weights
+
+    teacher = tmp_path / "teacher.safetensors"
+    names = open_corpus(colours).class_names[::-1]  # The same classes in another order.
+    wise = build_model(ViTConfig(resolution=16, **SIZES), len(names), seed=3)  # type: ignore[arg-type]
+    save_weights(wise, teacher, output_spec=OutputSpec(class_names=names, activation="softmax"))
+    given = recipe(
+        colours,
+        seed=2,
+        train={
+            "batch_size": 16,
+            "total_steps": 60,
+            "ema": {"decay": 0.9},
+            "export": "best",
+            "per_device_batch_size": 4,
+        },
+        validation={"split": "val", "test_split": "test", "best": {"metric": "ema/top1"}},
+        parallel={"kind": "fsdp"},
+        distill={"teacher": str(teacher), "weight": 0.1},
+    )
+    result = pretrain.run(given)
+    assert result.metrics["test/top1"] > 0.8
+    assert {"ema/top1", "val/top1"} <= result.metrics.keys()
+    folder = Path(os.environ["VIT_STATE"])
+    for name in ("weights", "weights-last", "weights-ema"):
+        path = store.download(result.uri.replace("weights.", f"{name}."), folder / f"test-{name}.safetensors")
+        assert load_model(path).config.resolution == 16
+        path.unlink()
+    place = result.uri.rpartition("/")[0]
+    layouts = {
+        store.read_json(item.uri)["layout"]["files"]
+        for item in store.list_objects(store.join(place, "checkpoints"))
+        if item.uri.endswith("state.json")
+    }
+    assert layouts == {2}
+    assert pretrain.run(given).reused

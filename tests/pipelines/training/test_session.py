@@ -392,6 +392,14 @@ def test_training_ends_early_when_patience_is_at_its_end_also_after_a_resume(pla
     assert seen == [] and place.read(2, OUTCOME)["step"] == 16 and place.weights(2) == place.weights(1)
 
 
+def test_a_stop_before_the_first_measurement_is_no_error_whatever_is_handed_on(place: Place) -> None:
+    one = session(place.attempt(1), best=BestConfig(metric="val/loss"), train={"export": "best"})
+    assert one._reporter is not None
+    one._reporter.stop()
+    one.run()
+    assert place.read(1, OUTCOME)["stopped"] and place.read(1, OUTCOME)["step"] == 4
+
+
 def spoiled(*steps: int) -> Callable[[int], Batch]:
     def make(step: int) -> Batch:
         batch = make_batch(step)
