@@ -43,6 +43,7 @@ class ShardRecipe(Strict):
     splits: dict[str, float] | None = None  # Fractions of train by hash of the path; null: as the source has it.
     classes: tuple[str, ...] | None = None  # Class names in order of the label; null: as found, sorted.
     validate: Literal["header", "decode"] = "decode"  # How far each image is looked at.
+    jpeg: Literal["keep", "tiled"] = "keep"  # tiled: restart markers, so that readers decode less; same pixels.
     max_bad_fraction: float = 0.01  # Fail when more images than this are bad.
     num_workers: int | None = how(default=None)  # Shards made at a time; null: one a CPU of the cluster; 0: no Ray.
 
@@ -110,7 +111,10 @@ def make_corpus(
     from pipelines.corpus.plan import freeze, make_plan
     from pipelines.corpus.quarantine import check_fraction
     from pipelines.corpus.sources import open_source
+    from pipelines.corpus.tiled import check_tiling
 
+    if recipe.jpeg == "tiled":
+        check_tiling()
     source = source or open_source(recipe.source)
     base = corpus_base(recipe.destination)
     current = current_etag(base)
@@ -124,6 +128,7 @@ def make_corpus(
         splits=recipe.splits,
         classes=recipe.classes,
         validate=recipe.validate,
+        jpeg=recipe.jpeg,
     )
     total = plan.samples + len(plan.rejected)
     check_fraction(plan.rejected, total, recipe.max_bad_fraction)

@@ -17,6 +17,7 @@ from pipelines.corpus.images import ImageFacts, ImageRejected, inspect_image
 from pipelines.corpus.plan import Plan, load_plan
 from pipelines.corpus.quarantine import Rejected
 from pipelines.corpus.tar import ShardContent, ShardWriter, sample_key
+from pipelines.corpus.tiled import tile_jpeg
 
 __all__ = ["build_shard", "finished_record"]
 
@@ -108,7 +109,7 @@ def _write(plan: Plan, number: int, path: Path) -> tuple[ShardContent, list[Reje
                 noted["renamed"] += 1
             writer.add(
                 path=row.path,
-                image=image,
+                image=tile_jpeg(image, facts) if plan.jpeg == "tiled" else image,
                 extension=facts.extension,
                 width=facts.width,
                 height=facts.height,

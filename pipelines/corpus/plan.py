@@ -22,6 +22,7 @@ from pipelines.corpus.fetch import Planned
 from pipelines.corpus.quarantine import Rejected
 from pipelines.corpus.sources import Entries
 from pipelines.corpus.tar import sample_key
+from pipelines.corpus.tiled import Jpeg
 from pipelines.identity import canonical
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class Plan:
     shards: tuple[PlannedShard, ...]
     rejected: tuple[Rejected, ...]  # Found by listing alone; no shard knows them.
     ignored: dict[str, int]
+    jpeg: Jpeg = "keep"
 
     @property
     def base(self) -> str:
@@ -188,6 +190,7 @@ def make_plan(
     splits: Mapping[str, float] | None,
     classes: Sequence[str] | None,
     validate: Validate,
+    jpeg: Jpeg = "keep",
 ) -> tuple[Plan, pa.Table]:
     """Decide every shard. Returns the plan and its listing (Planned rows plus the shard number), not yet written."""
     import pyarrow as pa
@@ -225,7 +228,7 @@ def make_plan(
             "shard": pa.array(np.repeat(np.arange(len(shards), dtype=np.int32), [count for _, count, _ in shards])),
         }
     )
-    digest = _digest(listing, kind, class_names, validate, shards)
+    digest = _digest(listing, kind, class_names, validate, shards, jpeg)
     return (
         Plan(
             uri=store.join(base, "plans", digest),
@@ -239,6 +242,7 @@ def make_plan(
             ),
             rejected=tuple(entries.rejected),
             ignored=dict(sorted(entries.ignored.items())),
+            jpeg=jpeg,
         ),
         listing,
     )
@@ -281,9 +285,16 @@ def _tar_order(entries: Entries, seed: int) -> np.ndarray[Any, np.dtype[np.int64
 
 
 def _digest(
-    listing: pa.Table, kind: str, class_names: Sequence[str], validate: str, shards: Sequence[tuple[str, int, int]]
+    listing: pa.Table,
+    kind: str,
+    class_names: Sequence[str],
+    validate: str,
+    shards: Sequence[tuple[str, int, int]],
+    jpeg: Jpeg,
 ) -> str:
     head = [PLAN_VERSION, kind, list(class_names), validate, [list(shard) for shard in shards]]
+    if jpeg != "keep":
+        head.append(jpeg)
     total = hashlib.sha256(canonical(head).encode())
     columns = [listing[name].to_pylist() for name in ("path", "offset", "size", "etag", "label")]
     for row in zip(*columns, strict=True):

@@ -10,8 +10,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipelines.reader import native
 from pipelines.reader.augment import AugmentConfig
-from pipelines.reader.decode import Faults, decode_for_training, engine_version
+from pipelines.reader.decode import EngineName, Faults, decode_for_training
 from vit_model.preprocess import InputSpec, load_image
 
 from .conftest import picture
@@ -34,8 +35,25 @@ def rotated() -> bytes:
     return encoded("RGB", "JPEG", exif=exif)
 
 
+def turned_by_xmp() -> bytes:
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    return encoded("RGB", "JPEG", xmp=xmp)
+
+
+def upright_exif() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 1, "a camera"
+    return encoded("RGB", "JPEG", exif=exif)
+
+
 FILES = {
     "jpeg": encoded("RGB", "JPEG"),
+    "4:4:4 jpeg": encoded("RGB", "JPEG", subsampling=0),
+    "4:2:2 jpeg": encoded("RGB", "JPEG", subsampling=1),
+    "jpeg with restarts": encoded("RGB", "JPEG", restart_marker_blocks=3),
+    "narrow jpeg": encoded("RGB", "JPEG", size=(3, 40)),
+    "jpeg turned by xmp": turned_by_xmp(),
+    "jpeg with exif": upright_exif(),
     "grey jpeg": encoded("L", "JPEG"),
     "progressive jpeg": encoded("RGB", "JPEG", progressive=True),
     "cmyk jpeg": encoded("CMYK", "JPEG"),
@@ -53,13 +71,30 @@ FILES = {
 }
 
 
+ENGINES = [
+    "wheels",
+    pytest.param("native", marks=pytest.mark.skipif(bool(native.why_not()), reason=f"not built: {native.why_not()}")),
+]
+
+
+ENGINE: EngineName = "wheels"
+
+
+@pytest.fixture(params=ENGINES, autouse=True)
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything in this file holds for both."""
+    monkeypatch.setattr(f"{__name__}.ENGINE", request.param)
+
+
 def decoded(
     files: list[bytes], spec: InputSpec, augment: AugmentConfig = PLAIN, epoch: int = 0
 ) -> tuple[NDArray[np.uint8], Faults]:
     out = np.zeros((len(files), spec.channels, spec.height, spec.width), np.uint8)
     places = np.arange(len(files))
     views = [memoryview(data) for data in files]
-    faults = decode_for_training(views, places, places + 100, spec=spec, augment=augment, seed=1, epoch=epoch, out=out)
+    faults = decode_for_training(
+        views, places, places + 100, spec=spec, augment=augment, seed=1, epoch=epoch, out=out, engine=ENGINE
+    )
     return out, faults
 
 
@@ -87,6 +122,7 @@ def test_images_together_have_the_pixels_of_each_alone(crop: Any) -> None:
             seed=1,
             epoch=0,
             out=out,
+            engine=ENGINE,
         )
         assert (out[0] == together[i]).all()
 
@@ -138,7 +174,3 @@ def test_a_bad_image_is_named_and_its_neighbours_are_whole(data: bytes, reason: 
     assert {place: found for place, (found, _) in faults.items()} in ({1: reason}, {1: "unknown_format"})
     whole, _ = decoded([FILES["jpeg"], FILES["jpeg"], FILES["png"]], COLOUR, config)
     assert (out[[0, 2]] == whole[[0, 2]]).all()
-
-
-def test_the_engine_names_what_decides_its_pixels() -> None:
-    assert engine_version().startswith("wheels simplejpeg-")
