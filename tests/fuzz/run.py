@@ -129,6 +129,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--corpus", type=Path, help="keep what was found here, and go on from it")
     parser.add_argument("--planted", action="store_true", help="an overflow in a copy of the sources must be found")
+    parser.add_argument("--no-coverage", action="store_true", help="do not build a second time to count lines")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="vit-fuzz-") as name:
         folder = Path(name)
@@ -159,7 +160,7 @@ def main() -> int:
             print(log[-6000:])
             summary = re.findall(r"SUMMARY: .*|ERROR: AddressSanitizer: \S+", log)
             result["found"] = summary[-1] if summary else f"exit {code}"
-        elif is_libfuzzer and not arguments.planted:
+        elif is_libfuzzer and not (arguments.planted or arguments.no_coverage):
             result["line_coverage"] = coverage(files, folder, corpus, seed_folder)
         print(json.dumps(result))
     return int((code == 0) if arguments.planted else (code != 0))
