@@ -89,12 +89,13 @@ def choose(wanted: Literal["auto", "wheels", "native"], recorded: str | None = N
         return _recorded(wanted, recorded)
     if wanted == "wheels":
         return engine_here("wheels")
-    if wanted == "auto" and (native.why_not() or not native.has_simd()):
+    if wanted == "auto" and native.why_not():
         _tell_once(
-            "reader: the native decoder "
-            + (f"was not built ({native.why_not()})" if native.why_not() else "has no vector code for this processor")
-            + "; the wheels decode, which is the same at about half the speed"
+            f"reader: the native decoder was not built ({native.why_not()}); the wheels decode the same pixels "
+            "at less than half the speed"
         )
+        return engine_here("wheels")
+    if wanted == "auto" and not native.has_simd():  # The wheels have vector code for more processors.
         return engine_here("wheels")
     engine, wheels = engine_here("native"), engine_here("wheels")
     if engine.pixels == wheels.pixels:

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 
 from pipelines.reader import engines, native
+from pipelines.reader.augment import AugmentConfig
 from pipelines.reader.engines import Engine, EngineError, choose, engine_here, require
 from pipelines.reader.loader import ReaderConfig
+from pipelines.reader.rows import Item, Job, read_item
+from vit_model.preprocess import InputSpec
 
 needs_native = pytest.mark.skipif(bool(native.why_not()), reason=f"not built: {native.why_not()}")
 
@@ -88,3 +91,10 @@ def test_the_engine_decides_no_digest() -> None:
     from pipelines.identity import deciding_fields
 
     assert deciding_fields(ReaderConfig(engine="wheels")) == deciding_fields(ReaderConfig(engine="native")) == {}
+
+
+def test_a_read_task_refuses_work_from_an_engine_with_other_pixels() -> None:
+    """A node that joins late is checked by its first task, before anything is fetched."""
+    job = Job(0, InputSpec(), AugmentConfig(), 3, "mask", Engine("wheels", "f" * 16))
+    with pytest.raises(EngineError, match="other pixels"):
+        next(read_item(job, Item(0, 0, 0, 0, 0, 1, True, ())))
