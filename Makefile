@@ -5,13 +5,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help setup demo test lint format bench clean
+.PHONY: help setup demo test lint format bench fuzz clean
 
 help:
 	@echo "make demo    set up, start the embedded stack, raw images -> champion in the MLflow UI"
 	@echo "make test    set up, run the tests"
 	@echo "make lint    ruff (format and check) and mypy"
 	@echo "make bench   every benchmark with its peers (make bench QUICK=--quick for a short run)"
+	@echo "make fuzz    the native decoder against hostile files, with sanitizers (FUZZ_SECONDS=60)"
 	@echo "make setup   only the set-up: $(VENV) with the project in it"
 
 setup: $(VENV)/.core
@@ -20,7 +21,8 @@ $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found; install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 2; }
 
-$(VENV)/.core: pyproject.toml constraints.txt | $(VENV)/bin/python
+# The C extensions are built here, where a compiler is.
+$(VENV)/.core: pyproject.toml setup.py constraints.txt $(wildcard pipelines/*/native/*.[ch]) | $(VENV)/bin/python
 	$(PIP) -e .
 	@touch $@
 
@@ -49,6 +51,9 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.bench
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script $(QUICK) || exit 1; done
+
+fuzz: $(VENV)/.core
+	$(BIN)/python -m tests.fuzz.run --seconds $(or $(FUZZ_SECONDS),60)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -29,6 +29,7 @@ setup(
         Extension(
             "pipelines.corpus.native._tiled",
             files(CORPUS, ".c"),
+            depends=files(CORPUS, ".h"),
             extra_compile_args=FLAGS,
             libraries=["jpeg"],
             optional=True,

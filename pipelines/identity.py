@@ -151,7 +151,7 @@ def code_fingerprint() -> str:
     total = hashlib.sha256()
     for package in (pipelines, vit_model):
         folder = Path(package.__file__ or "").parent
-        for path in sorted(folder.rglob("*.py")):
+        for path in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".c", ".h")):
             total.update(path.relative_to(folder.parent).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     commit = ""
     repository = Path(__file__).parent.parent

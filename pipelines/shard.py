@@ -47,6 +47,7 @@ class ShardRecipe(Strict):
     shuffle: bool = False  # Tars: shuffle over all their images, which reads each by itself; else whole tars.
     validate: Literal["header", "decode"] = "decode"  # How far each image is looked at.
     duplicates: Literal["keep", "quarantine"] = "keep"  # Images of equal bytes: keep all, or one of them.
+    jpeg: Literal["keep", "tiled"] = "keep"  # tiled: restart markers, so that readers decode less; same pixels.
     max_bad_fraction: float = 0.01  # Fail when more images than this are bad.
     append: bool = False  # Add what is new to the current version of the destination, as its next one.
     num_workers: int | None = how(default=None)  # Shards made at a time; null: one a CPU of the cluster; 0: no Ray.
@@ -123,7 +124,10 @@ def make_corpus(
     from pipelines.corpus.grow import join_versions
     from pipelines.corpus.manifest import corpus_base, open_corpus
     from pipelines.corpus.sources import open_source
+    from pipelines.corpus.tiled import check_tiling
 
+    if recipe.jpeg == "tiled":
+        check_tiling()
     source = source or open_source(recipe.source)
     base = corpus_base(recipe.destination)
     current = current_etag(base)
@@ -245,6 +249,7 @@ def _plan(recipe: ShardRecipe, source: Source, base: str, parent: Corpus | None)
         validate=recipe.validate,
         shuffle=recipe.shuffle,
         resize=asdict(recipe.resize) if recipe.resize else None,
+        jpeg=recipe.jpeg,
     )
 
 

@@ -21,6 +21,7 @@ from pipelines.corpus.plan import Plan, load_plan
 from pipelines.corpus.quarantine import Rejected
 from pipelines.corpus.resize import ResizeConfig, shrink
 from pipelines.corpus.tar import ShardContent, ShardWriter, sample_key
+from pipelines.corpus.tiled import tile_jpeg
 
 __all__ = ["Made", "build_shard", "finished_record", "make_shard", "store_shard"]
 
@@ -145,7 +146,7 @@ def _write(plan: Plan, number: int, file: BinaryIO) -> tuple[ShardContent, list[
             noted["renamed"] += 1
         writer.add(
             path=row.path,
-            image=data,
+            image=tile_jpeg(data, facts) if plan.jpeg == "tiled" else data,
             extension=facts.extension,
             width=facts.width,
             height=facts.height,

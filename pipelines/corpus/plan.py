@@ -23,6 +23,7 @@ from pipelines.corpus.quarantine import Rejected
 from pipelines.corpus.ranged import open_object
 from pipelines.corpus.sources import Entries
 from pipelines.corpus.tar import sample_key
+from pipelines.corpus.tiled import Jpeg
 from pipelines.identity import canonical
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class Plan:
     ignored: dict[str, int]
     multi_label: bool = False
     resize: dict[str, Any] | None = None  # Fields of resize.ResizeConfig.
+    jpeg: Jpeg = "keep"
 
     @property
     def base(self) -> str:
@@ -167,6 +169,7 @@ def make_plan(
     validate: Validate,
     shuffle: bool = False,
     resize: Mapping[str, Any] | None = None,
+    jpeg: Jpeg = "keep",
 ) -> tuple[Plan, pa.Table]:
     """Decide every shard. Returns the plan and its listing (Planned rows plus the shard number), not yet written."""
     import pyarrow as pa
@@ -215,7 +218,9 @@ def make_plan(
             "shard": pa.array(np.repeat(np.arange(len(shards), dtype=np.int32), [shard[1] for shard in shards])),
         }
     )
-    more = {"resize": dict(resize)} if resize else {}
+    more: dict[str, Any] = {"resize": dict(resize)} if resize else {}
+    if jpeg != "keep":
+        more["jpeg"] = jpeg
     digest = _digest(listing, [PLAN_VERSION, kind, list(class_names), validate, [list(s) for s in shards], more])
     return (
         Plan(
@@ -232,6 +237,7 @@ def make_plan(
             ignored=dict(sorted(entries.ignored.items())),
             multi_label=entries.multi_label,
             resize=dict(resize) if resize else None,
+            jpeg=jpeg,
         ),
         listing,
     )

@@ -6,10 +6,14 @@ plain baseline JPEG that any decoder reads; a progressive file becomes a baselin
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pipelines.corpus.errors import CorpusError
+from pipelines.corpus.images import ImageFacts
 
-__all__ = ["check_tiling", "tile_jpeg"]
+__all__ = ["Jpeg", "check_tiling", "tile_jpeg"]
 
+Jpeg = Literal["keep", "tiled"]  # What `vit shard` does with JPEG files.
 TILE_PIXELS = 96  # Width of a piece: narrower ones cost more bytes than their precision saves.
 LEAST_PIXELS = 1 << 15  # A smaller image is one or two crops' worth; it is left alone.
 MAX_PIXELS = 1 << 26  # The reader decodes larger images in another way.
@@ -26,11 +30,11 @@ def check_tiling() -> None:
         ) from None
 
 
-def tile_jpeg(data: bytes, width: int, height: int) -> bytes:
-    """The tiled file, or the file itself where tiling gives nothing (small, CMYK) or libjpeg finds fault with it."""
+def tile_jpeg(data: bytes, facts: ImageFacts) -> bytes:
+    """The tiled file, or the file itself where tiling gives nothing (no JPEG, small, CMYK) or libjpeg finds fault."""
     from pipelines.corpus.native import _tiled
 
-    if width * height < LEAST_PIXELS:
+    if facts.extension != "jpg" or facts.width * facts.height < LEAST_PIXELS:
         return data
     try:
         return _tiled.tile(data, TILE_PIXELS, MAX_PIXELS)

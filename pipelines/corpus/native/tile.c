@@ -3,13 +3,14 @@
  *
  * libjpeg reads and writes the coefficients; the result is read back and compared one by one. All markers are kept.
  */
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
 #include <setjmp.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include <jpeglib.h>
+
+#include "tile.h"
 
 #define MAX_SCANS 100 /* a progressive file of many thousand scans costs minutes */
 
@@ -53,7 +54,7 @@ static void open_output(j_compress_ptr out) {
 
 static boolean grow_output(j_compress_ptr out) {
     output *o = (output *)out->dest;
-    unsigned char *larger = PyMem_RawRealloc(o->data, o->capacity * 2);
+    unsigned char *larger = realloc(o->data, o->capacity * 2);
     if (!larger) {
         snprintf(((errors *)out->err)->message, JMSG_LENGTH_MAX, "no memory");
         longjmp(((errors *)out->err)->jump, 1);
@@ -136,7 +137,7 @@ static int tile(work *w, const unsigned char *data, unsigned long size, int tile
     w->result.base.empty_output_buffer = grow_output;
     w->result.base.term_destination = close_output;
     w->result.capacity = size + 4096;
-    w->result.data = PyMem_RawMalloc(w->result.capacity);
+    w->result.data = malloc(w->result.capacity);
     if (!w->result.data) {
         snprintf(w->error.message, JMSG_LENGTH_MAX, "no memory");
         return 1;
@@ -181,57 +182,24 @@ static int tile(work *w, const unsigned char *data, unsigned long size, int tile
     return 0;
 }
 
-static void finish(work *w) {
+int vit_tile(const unsigned char *data, size_t size, int tile_pixels, long max_pixels, vit_tiled *result) {
+    memset(result, 0, sizeof *result);
+    work *w = calloc(1, sizeof *w);
+    if (!w) {
+        snprintf(result->message, sizeof result->message, "no memory");
+        return 1;
+    }
+    int failed = tile(w, data, (unsigned long)size, tile_pixels, max_pixels);
     if (w->has_out) jpeg_destroy_compress(&w->out);
     if (w->has_in) jpeg_destroy_decompress(&w->in);
     if (w->has_check) jpeg_destroy_decompress(&w->check);
-    PyMem_RawFree(w->result.data);
-    PyMem_RawFree(w);
-}
-
-PyDoc_STRVAR(tile_doc, "tile(data, tile_pixels, max_pixels)\n\n"
-                       "The same JPEG as a baseline file with a restart marker about every tile_pixels pixels of a row "
-                       "of blocks. Raises ValueError if the file is damaged, too large or not of one or three "
-                       "components.");
-
-static PyObject *tile_jpeg(PyObject *self, PyObject *args) {
-    (void)self;
-    Py_buffer data;
-    int tile_pixels, failed;
-    long max_pixels;
-    if (!PyArg_ParseTuple(args, "y*il", &data, &tile_pixels, &max_pixels)) return NULL;
-    work *w = PyMem_RawCalloc(1, sizeof *w);
-    if (!w) {
-        PyBuffer_Release(&data);
-        return PyErr_NoMemory();
-    }
-    Py_BEGIN_ALLOW_THREADS;
-    failed = tile(w, data.buf, (unsigned long)data.len, tile_pixels, max_pixels);
-    Py_END_ALLOW_THREADS;
-    PyObject *result = NULL;
     if (failed) {
-        PyErr_SetString(PyExc_ValueError, w->error.message);
+        snprintf(result->message, sizeof result->message, "%s", w->error.message);
+        free(w->result.data);
     } else {
-        result = PyBytes_FromStringAndSize((const char *)w->result.data, (Py_ssize_t)w->result.size);
+        result->data = w->result.data;
+        result->size = w->result.size;
     }
-    finish(w);
-    PyBuffer_Release(&data);
-    return result;
+    free(w);
+    return failed;
 }
-
-static PyMethodDef methods[] = {
-    {"tile", tile_jpeg, METH_VARARGS, tile_doc},
-    {NULL, NULL, 0, NULL},
-};
-
-static PyModuleDef_Slot slots[] = {{0, NULL}};
-
-static struct PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT,
-    .m_name = "_tiled",
-    .m_doc = "Lossless re-marking of JPEG files, by libjpeg.",
-    .m_methods = methods,
-    .m_slots = slots,
-};
-
-PyMODINIT_FUNC PyInit__tiled(void) { return PyModuleDef_Init(&definition); }
