@@ -142,7 +142,7 @@ class Assembler:
             for number in range(self._start, self._stop):
                 self._slots.acquire()
                 if self._closing.is_set():
-                    return
+                    raise OrderError("the stream was closed")  # For another thread that may wait in `next`.
                 self._steps.put(self._assemble(number))
         except BaseException as error:
             self._steps.put(error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 
 from pipelines import store
 from pipelines.corpus.manifest import Corpus
-from pipelines.reader import executions
+from pipelines.reader import blocks, executions
 from pipelines.reader.blocks import rows_of_table, table_of_pixels
 from pipelines.reader.executions import StarvedError
 from pipelines.reader.fetch import FetchError
@@ -67,6 +68,33 @@ def test_pixels_are_not_copied_into_arrow_and_back() -> None:
     assert np.shares_memory(rows.images, back.images)
 
 
+def some_files(lane: int, k: int, count: int) -> Rows:
+    rows = some_rows(lane, k, count)
+    rows.images = [memoryview(bytes([i % 256]) * (i * 37 % 90)) for i in range(k, k + count)]
+    rows.names = [f"shard, sample {i}" for i in range(k, k + count)]
+    rows.versions = (("s3://a/b.tar", f"etag-{lane}"),)
+    return rows
+
+
+@pytest.mark.parametrize("cut", [1, 3, 7, 100])
+@pytest.mark.parametrize("piece_bytes", [1, 100, 10**6])
+def test_files_survive_any_slicing_of_their_blocks(cut: int, piece_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "PIECE_BYTES", piece_bytes)
+    pieces = [some_files(0, 5, 6), some_files(0, 11, 2), some_files(2, 0, 4), some_files(0, 20, 3)]
+    table = pa.concat_tables(part for piece in pieces for part in tables_of_files(piece))
+    parts = [table.slice(start, cut) for start in range(0, len(table), cut)]
+    found = [rows for part in parts for rows in rows_of_table(part, (3, 4, 5))]
+    assert [bytes(file) for rows in found for file in rows.images] == [bytes(f) for rows in pieces for f in rows.images]
+    assert [name for rows in found for name in rows.names] == [name for rows in pieces for name in rows.names]
+    where = [(rows.lane, rows.k + i, rows.epoch) for rows in pieces for i in range(len(rows))]
+    assert [(rows.lane, rows.k + i, rows.epoch) for rows in found for i in range(len(rows))] == where
+    assert {version for rows in found for version in rows.versions} == {
+        ("s3://a/b.tar", "etag-0"),
+        ("s3://a/b.tar", "etag-2"),
+    }
+    assert sum(rows.num_pages for rows in found) == 12
+
+
 @pytest.fixture
 def cluster(stack: Any) -> None:
     import ray
@@ -88,7 +116,9 @@ def trace(corpus: Corpus, reader: ReaderConfig, **changes: Any) -> list[tuple[in
 @pytest.mark.stack
 def test_ray_gives_the_batches_of_the_threads(corpus: Corpus, cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executions, "TASKS_PER_EXECUTION", 3)  # A chain of several executions.
-    assert trace(corpus, RAY) == trace(corpus, LOCAL)
+    whole = trace(corpus, LOCAL)
+    for decode in ("here", "tasks"):
+        assert trace(corpus, replace(RAY, decode=decode)) == whole  # type: ignore[arg-type]
     for rank in range(2):
         ours = {"rank": rank, "world_size": 2, "start_step": 33}
         assert trace(corpus, RAY, **ours) == trace(corpus, LOCAL, **ours)

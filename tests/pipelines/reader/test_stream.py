@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipelines.reader.fetch import FetchError
 from pipelines.reader.order import OrderError
 from pipelines.reader.rows import Rows
 from pipelines.reader.stream import BatchStream
@@ -118,3 +119,10 @@ def test_an_error_of_the_backend_reaches_the_consumer_and_closes_it() -> None:
         next(stream)
     assert closed
     assert list(stream) == []
+
+
+def test_a_shard_that_two_tasks_saw_in_two_versions_is_an_error() -> None:
+    first, second = piece(0, 0, ROWS), piece(1, 0, ROWS)
+    first.versions, second.versions = (("s3://a/b.tar", "x"),), (("s3://a/b.tar", "y"),)
+    with pytest.raises(FetchError, match=r"s3://a/b\.tar was replaced while it was read"):
+        next(batches([first, second, piece(2, 0, ROWS)]))
