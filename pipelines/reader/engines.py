@@ -157,8 +157,9 @@ def check_nodes(engine: Engine) -> None:
         )
         for node in nodes
     ]
-    if problems := sorted({problem for problem in ray.get(asked) if problem}):
-        raise EngineError(f"{len(problems)} of {len(nodes)} nodes cannot decode for this run: " + "; ".join(problems))
+    if problems := [problem for problem in ray.get(asked) if problem]:
+        text = "; ".join(sorted(set(problems)))
+        raise EngineError(f"{len(problems)} of {len(nodes)} nodes cannot decode for this run: {text}")
 
 
 def _problem(name: EngineName, pixels: str) -> str:

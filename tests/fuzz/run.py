@@ -118,9 +118,11 @@ def coverage(files: list[Path], folder: Path, corpus: Path, seed_folder: Path) -
     report = [cov, "export", "-summary-only", f"-instr-profile={folder / 'merged'}", str(binary)]
     data = json.loads(subprocess.run(report, capture_output=True, text=True, check=True).stdout)["data"][0]
     return {
-        "/".join(Path(file["filename"]).parts[-3:]): round(file["summary"]["lines"]["percent"], 1)
+        Path(file["filename"]).relative_to(folder / "pipelines").as_posix(): round(
+            file["summary"]["lines"]["percent"], 1
+        )
         for file in data["files"]
-        if "native" in file["filename"]
+        if Path(file["filename"]).is_relative_to(folder) and file["filename"].endswith(".c")
     }
 
 
