@@ -12,6 +12,9 @@ if "vit_model" not in sys.modules:
     install_import_hook("vit_model", "beartype.beartype")
 
 
+torch.set_num_threads(1)  # The tensors here are small; threads would mostly wait for each other.
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

@@ -12,6 +12,8 @@ import torch
 from tests.vit_model.reduced import randomize
 from vit_model import build_model, load_model, save_weights, variant
 
+pytestmark = pytest.mark.peers
+
 
 def peer(name):
     """The second attempt is for the CUDA wheel of torchvision on a CPU torch, which both import."""
