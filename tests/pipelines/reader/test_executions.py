@@ -16,7 +16,7 @@ import pytest
 from pipelines import store
 from pipelines.corpus.manifest import Corpus
 from pipelines.reader import blocks, executions
-from pipelines.reader.blocks import rows_of_table, table_of_pixels
+from pipelines.reader.blocks import rows_of_table, table_of_pixels, tables_of_files
 from pipelines.reader.executions import StarvedError
 from pipelines.reader.fetch import FetchError
 from pipelines.reader.loader import AugmentConfig, ReaderConfig, eval_batches, train_batches
