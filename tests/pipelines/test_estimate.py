@@ -79,7 +79,7 @@ def test_the_verb_answers_without_a_store(capsys: pytest.CaptureFixture[str]) ->
 
 def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     main(["pretrain/vit_b16_imagenet", "--on", "h100x1"])
-    assert "4,096 fall to each device: set train.per_device_batch_size: auto" in capsys.readouterr().out
+    assert "4,096 fall to each device: auto cuts them" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -291,22 +291,6 @@ def test_no_point_of_the_curves_is_lost_while_tracking_cannot_be_reached(place: 
     assert points == [0, 1, 2, 3, 4] and closed
 
 
-def test_another_decode_engine_is_refused_unless_the_checkpoint_names_none(place: Place) -> None:
-    with pytest.raises(Killed):
-        session(place.attempt(1), until=kill_at(11)).run()
-    old = session(place.attempt(2))
-    old._order["engine"] = "native 0123"
-    old._resume()
-    with pytest.raises(Killed):
-        changed = session(place.attempt(3), until=kill_at(16))
-        changed._order["engine"] = "native 0123"
-        changed.run()
-    other = session(place.attempt(4))
-    other._order["engine"] = "wheels 0123"
-    with pytest.raises(TrainingError, match="another order of images"):
-        other._resume()
-
-
 def test_another_order_of_images_is_refused(place: Place) -> None:
     with pytest.raises(Killed):
         session(place.attempt(1), until=kill_at(11)).run()
