@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ if "vit_model" not in sys.modules:
     install_import_hook("vit_model", "beartype.beartype")
 
 
-torch.set_num_threads(1)  # The tensors here are small; threads would mostly wait for each other.
-
-
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _seeded_and_alone() -> Iterator[None]:
+    """One thread: the tensors here are small, and threads would mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
