@@ -18,6 +18,16 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent.parent
 NAMES = ("VIT_", "AWS_", "MLFLOW_", "RAY_")
 
+# Ray reads it once, when it is imported, and collecting the tests may do that.
+os.environ["RAY_AUTH_MODE"] = "token"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`-m "not stack"` leaves out whatever asks for the stack, also through other fixtures."""
+    for item in items:
+        if "stack_endpoints" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.stack)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _nothing_from_outside() -> Iterator[None]:
@@ -28,7 +38,7 @@ def _nothing_from_outside() -> Iterator[None]:
     paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))  # Ray workers import what is tested here.
     os.environ["VIT_STATE"] = "/nonexistent/vit-tests-without-stack"
-    os.environ["RAY_AUTH_MODE"] = "token"  # Ray reads it once, when it is imported: before any test imports Ray.
+    os.environ["RAY_AUTH_MODE"] = "token"
     yield
     os.environ.update(given)
 

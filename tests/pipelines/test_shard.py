@@ -47,16 +47,11 @@ def files_of(base: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    import ray
+@pytest.fixture
+def cluster(stack: Any) -> None:
+    from pipelines.training.worker import connect
 
-    mine = not ray.is_initialized() and not os.environ.get("RAY_ADDRESS")
-    if mine:
-        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.2")
-    yield
-    if mine:
-        ray.shutdown()
+    connect()
 
 
 SOURCES = {
