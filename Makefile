@@ -37,8 +37,10 @@ $(VENV)/.bench: $(VENV)/.dev
 demo: $(VENV)/.core
 	$(BIN)/vit demo
 
+# First what needs no server, on all cores; then what shares the one real stack. With PYTEST_ARGS either half may be empty.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 -m "not stack" $(PYTEST_ARGS) || [ $$? = 5 -a -n "$(PYTEST_ARGS)" ]
+	$(BIN)/python -m pytest -m stack $(PYTEST_ARGS) || [ $$? = 5 -a -n "$(PYTEST_ARGS)" ]
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
