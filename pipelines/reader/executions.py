@@ -37,7 +37,6 @@ OPEN_AHEAD = 0.6  # The next execution is opened when this part of the rows has 
 PREFETCHED_BLOCKS = 4
 SCHEDULING_PAUSE_SECONDS = 0.01
 LARGE_IMAGE_BYTES = 1 << 16
-FILES_AHEAD_BYTES = 256 << 20
 
 
 class StarvedError(RuntimeError):
@@ -138,10 +137,6 @@ def _dataset(job: Job, items: list[Item], num_cpus: float, decode: bool) -> Any:
     context = dataset.context  # The dataset's own copy: nothing changes for other users of this process.
     context.execution_options.preserve_order = True
     context.target_max_block_size = PIECE_BYTES
-    if not decode:
-        # Files wait here until they are copied out; half of the object store, Ray Data's own choice, would fill up.
-        limits = ray.data.ExecutionResources.for_limits(object_store_memory=FILES_AHEAD_BYTES)
-        context.execution_options.resource_limits = limits
     context.enable_progress_bars = context.print_on_execution_start = False
     context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, Paced]
     return dataset.iterator()

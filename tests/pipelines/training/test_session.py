@@ -58,6 +58,7 @@ def session(
     until: Callable[[int], None] = lambda step: None,
     lanes: int = 4,
     first_attempt: int = 1,
+    bad_samples: Callable[[], dict[str, int]] | None = None,
 ) -> Session:
     state = make_state()
 
@@ -96,6 +97,7 @@ def session(
         test=held_out,
         open_log=lambda: nullcontext(log),
         export=lambda path: save_file(dict(state.model.state_dict()), path),
+        bad_samples=bad_samples,
     )
 
 
@@ -120,6 +122,14 @@ def test_it_leaves_weights_figures_and_an_outcome(place: Place) -> None:
     assert [step for key, step in points if key == "val/top1"] == [8, 16, 20]
     assert [step for key, step in points if key == "test/top1"] == [20]
     assert place.read(1, PROGRESS)["step"] == STEPS
+
+
+def test_bad_samples_stand_in_the_curves_by_reason(place: Place) -> None:
+    points: list[tuple[str, int]] = []
+    session(place.attempt(1), points, bad_samples=lambda: {"empty": 0, "undecodable": 3}).run()
+    assert ("data/bad/undecodable", 4) in points
+    assert not [key for key, _ in points if key == "data/bad/empty"]
+    assert place.read(1, OUTCOME)["metrics"]["data/bad/undecodable"] == 3
 
 
 @pytest.mark.parametrize("killed", [3, 5, 6, 13, 19])
