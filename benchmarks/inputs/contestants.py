@@ -41,9 +41,7 @@ def ours(corpus: str, backend: str, engine: str, decode: str = "auto") -> Round:
     if backend == "ray":
         start_ray()
     opened = open_corpus(corpus)
-    config = ReaderConfig(
-        backend=backend, engine=engine, decode=decode, num_threads=CORES, num_cpus=1.0 if decode == "tasks" else 0.5
-    )
+    config = ReaderConfig(backend=backend, engine=engine, decode=decode, num_threads=CORES)
     spec = InputSpec(height=SIDE, width=SIDE)
     done = 0
 

@@ -79,6 +79,7 @@ def session(
     train: dict[str, Any] | None = None,
     best: BestConfig | None = None,
     batch_of: Callable[[int], Batch] = make_batch,
+    bad_samples: Callable[[], dict[str, int]] | None = None,
 ) -> Session:
     loop = make_config(STEPS, validate_every_steps=8)
     loop = dataclasses.replace(loop, train=dataclasses.replace(loop.train, **(train or {})))
@@ -116,6 +117,7 @@ def session(
         test=held_out,
         open_log=lambda: nullcontext(Tracking(points)),
         export=lambda path, tensors: save_file(dict(tensors), path),
+        bad_samples=bad_samples,
     )
 
 
@@ -140,6 +142,14 @@ def test_it_leaves_weights_figures_and_an_outcome(place: Place) -> None:
     assert [step for key, step in points if key == "val/top1"] == [8, 16, 20]
     assert [step for key, step in points if key == "test/top1"] == [20]
     assert place.read(1, PROGRESS)["step"] == STEPS
+
+
+def test_bad_samples_stand_in_the_curves_by_reason(place: Place) -> None:
+    points: list[tuple[str, int]] = []
+    session(place.attempt(1), points, bad_samples=lambda: {"empty": 0, "undecodable": 3}).run()
+    assert ("data/bad/undecodable", 4) in points
+    assert not [key for key, _ in points if key == "data/bad/empty"]
+    assert place.read(1, OUTCOME)["metrics"]["data/bad/undecodable"] == 3
 
 
 @pytest.mark.parametrize("killed", [3, 5, 6, 13, 19])
