@@ -31,12 +31,14 @@ from pipelines.training.build import build_state
 from pipelines.training.checkpoint import AsyncSaver, Checkpoints
 from pipelines.training.config import AdamW, CheckpointConfig, TrainConfig
 from pipelines.training.loop import Hooks, LoopConfig, train
+from pipelines.training.objective import Objective
 from pipelines.training.parallel import Ranks
 from pipelines.training.schedules import ScheduleConfig
 from pipelines.training.state import TrainState
 from vit_model import InputSpec, ViTConfig, build_model, normalize
 
 CLASSES, SIDE = 100, 64
+BALLAST = 512 << 20  # Bytes.
 SPEC = InputSpec(channels=3, height=SIDE, width=SIDE, mean=(0.5,) * 3, std=(0.5,) * 3)
 
 
@@ -56,12 +58,12 @@ class Clock:
 
     def __init__(self, state: TrainState) -> None:
         self.inside = 0.0
-        state.model.forward = self._timed(state.model.forward)  # type: ignore[method-assign]
+        state.model.forward = self.timed(state.model.forward)  # type: ignore[method-assign]
         for optimizer in state.optimizers:
-            optimizer.step = self._timed(optimizer.step)  # type: ignore[method-assign]
+            optimizer.step = self.timed(optimizer.step)  # type: ignore[method-assign]
         self._backward = torch.autograd.backward
 
-    def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any, **options: Any) -> Any:
             started = time.perf_counter()
             try:
@@ -72,11 +74,21 @@ class Clock:
         return timed
 
     def __enter__(self) -> Clock:
-        torch.autograd.backward = self._timed(self._backward)  # type: ignore[assignment]
+        torch.autograd.backward = self.timed(self._backward)  # type: ignore[assignment]
         return self
 
     def __exit__(self, *_: object) -> None:
         torch.autograd.backward = self._backward  # type: ignore[assignment]
+
+
+class TimedObjective(Objective):
+    def __init__(self, config: TrainConfig, clock: Clock) -> None:
+        super().__init__(config)
+        self._timed_call = clock.timed(super().__call__)
+
+    def __call__(self, *arguments: Any) -> Tensor:  # type: ignore[override]
+        loss: Tensor = self._timed_call(*arguments)
+        return loss
 
 
 def new_state() -> TrainState:
@@ -94,15 +106,21 @@ def batches(size: int, start: int = 0) -> Iterator[Batch]:
         step += 1
 
 
-def run_loop(state: TrainState, size: int, steps: int, after: Callable[[TrainState], None]) -> None:
+def run_loop(
+    state: TrainState, size: int, steps: int, after: Callable[[TrainState], None], clock: Clock | None = None
+) -> None:
     config = LoopConfig(
         train=TrainConfig(batch_size=size, total_steps=state.step + steps),
         schedule=ScheduleConfig(),
         peak_lr=1e-3,
         total_steps=state.step + steps,
     )
-    prepare = lambda images: normalize(images, SPEC)  # noqa: E731
-    train(state, batches(size, state.step), config, Ranks(), prepare, Hooks(after_step=after))
+    prepare: Callable[[Tensor], Tensor] = lambda images: normalize(images, SPEC)  # noqa: E731
+    objective = Objective(config.train)
+    if clock is not None:  # Pixels and loss belong to the forward pass.
+        prepare, objective = clock.timed(prepare), TimedObjective(config.train, clock)
+    hooks = Hooks(after_step=after)
+    train(state, batches(size, state.step), config, Ranks(), prepare, hooks, objective=objective)
 
 
 def overhead(size: int, steps: int) -> list[float]:
@@ -116,7 +134,7 @@ def overhead(size: int, steps: int) -> list[float]:
             shares.append(1.0 - (clock.inside - last[1]) / (now - last[0]))
             last[:] = [now, clock.inside]
 
-        run_loop(state, size, steps, after)
+        run_loop(state, size, steps, after, clock)
     return shares[1:]  # The first contains the start.
 
 
@@ -158,6 +176,9 @@ def checkpoints(size: int, rounds: int, folder: Path) -> tuple[list[float], list
     state = new_state()
     run_loop(state, size, 1, lambda _: None)  # The optimizer has its state now.
     saver = AsyncSaver(Checkpoints(Place(folder)))
+    ballast = {
+        "ballast": torch.zeros(BALLAST // 4)
+    }  # So that an upload lasts some steps, as that of a real model does.
     pauses, ratios = [], []
     for _ in range(rounds):
         quiet = statistics.median(looped(state, size, 4))
@@ -170,8 +191,9 @@ def checkpoints(size: int, rounds: int, folder: Path) -> tuple[list[float], list
                 during.append(now - last[0])
             if not last[0] or not saver.busy:
                 started = time.perf_counter()
-                saver.save(state.step, state.tensors(), {})
+                tensors = state.tensors()
                 pauses.append(time.perf_counter() - started)
+                saver.save(state.step, tensors | ballast, {})
             last[0] = time.perf_counter()
 
         run_loop(state, size, 5, after)
