@@ -59,7 +59,8 @@ def _one_turn(
             mine &= ~skipped[row]
         # Measurements rest on what is held out; unknown splits come between val and train.
         place = RANKS.get(split) or places.setdefault(split, 3 + len(places))
-        whole = (content[:, 0], content[:, 1], row, _labels(table), np.full(len(row), place, np.int8))
+        ranks = np.full(len(row), place, np.int8)
+        whole: list[NDArray[Any]] = [content[:, 0], content[:, 1], row, _labels(table), ranks]
         for column, values in zip(columns, whole, strict=True):
             column.append(values[mine])
     high, low, rows, label, rank = (np.concatenate(column) for column in columns)
