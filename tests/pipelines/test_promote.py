@@ -165,6 +165,8 @@ def test_two_promoters_of_one_evaluation_promote_once(world: World) -> None:
     context = multiprocessing.get_context("spawn")
     with context.Pool(2) as pool:
         outcomes = pool.map(_promote_elsewhere, [uri, uri])
+        pool.close()  # Its workers end by themselves: one that is killed may leave the other waiting for its lock.
+        pool.join()
     assert set(outcomes) <= {"first", "first (reused)", "held"}
     assert outcomes.count("first") == 1
     assert world.champion() is not None
