@@ -12,6 +12,7 @@ from pipelines import identity, store
 from pipelines.training import worker
 from pipelines.training.config import WorkerConfig
 from pipelines.training.names import TrainingError
+from pipelines.training.placement import Placement
 from tests.pipelines.tracking.toys import attempt, own_root
 
 
@@ -37,7 +38,7 @@ def test_a_final_error_of_rank_one_does_not_leave_rank_zero_waiting(
     own = attempt("f" * 64, stage="pretrain")
     job = Job(own)
     with pytest.raises(TrainingError, match="the reader gave step 7 where step 3 is due"):
-        worker.launch(job, 2, use_gpu=False)  # type: ignore[arg-type]
+        worker.launch(job, Placement(2, use_gpu=False, why="a test"))  # type: ignore[arg-type]
     waited = time.time() - float(store.read(store.join(own.uri, "failed")))
     assert waited < 45, "the collective's own limit is 600 s"
 
