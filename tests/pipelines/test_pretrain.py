@@ -179,7 +179,7 @@ def test_a_killed_worker_changes_nothing_in_the_weights(stack: Any, colours: str
 
 @pytest.mark.stack
 def test_ctrl_c_then_kill_9_then_the_same_command_finishes(stack: Any, colours: str, tmp_path: Path) -> None:
-    given = recipe(colours, seed=1, train={"batch_size": 16, "total_steps": 600}, checkpoint={"every_steps": 50})
+    given = recipe(colours, seed=1, train={"batch_size": 16, "total_steps": 2000}, checkpoint={"every_steps": 50})
     path = tmp_path / "recipe.yaml"
     path.write_text(to_yaml(given))
     place = place_of(given, colours)
@@ -206,7 +206,7 @@ def test_ctrl_c_then_kill_9_then_the_same_command_finishes(stack: Any, colours: 
     assert "resumed from the checkpoint at step" in output
     result = identity.find_result("pretrain", place.rpartition("/")[2])
     assert result is not None and result.run_id is not None
-    assert points(result.run_id, "train/loss") == list(range(5, 601, 5))
+    assert points(result.run_id, "train/loss") == list(range(5, 2001, 5))
 
 
 @pytest.mark.stack

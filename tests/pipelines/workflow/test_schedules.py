@@ -49,7 +49,9 @@ def listening(process: psutil.Process) -> list[str]:
         f"{each.name()} on {connection.laddr.ip}:{connection.laddr.port}"
         for each in family
         for connection in each.net_connections(kind="inet")
-        if connection.status == psutil.CONN_LISTEN and not connection.laddr.ip.startswith("127.")
+        # Loopback has a second spelling where a socket takes both families.
+        if connection.status == psutil.CONN_LISTEN
+        and not connection.laddr.ip.removeprefix("::ffff:").startswith("127.")
     ]
 
 
