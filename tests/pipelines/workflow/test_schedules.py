@@ -13,6 +13,7 @@ import pytest
 from infra.endpoints import Endpoints
 from pipelines import identity, store
 from pipelines.config import RecipeError
+from pipelines.processes import start_mark
 from pipelines.workflow import schedules
 from pipelines.workflow.home import dagster_home
 from pipelines.workflow.spec import load_workflow
@@ -95,8 +96,14 @@ def test_a_finetune_fires_by_the_clock_and_registers_one_version_also_after_a_re
             time.sleep(0.2)
         assert not listening(psutil.Process(pid))
         # As a reboot leaves it: the scheduler, its code server and the run are gone, and nobody has said so.
-        for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+        killed = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+        for process in killed:
             process.kill()
+        # A process of many threads is not gone the moment it is killed, and an orphan may stay a zombie for ever.
+        deadline = time.monotonic() + 30
+        while any(start_mark(process.pid) for process in killed):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
         assert schedules.daemon_pid(home) is None
         schedules.start(load_workflow(path), path)
         assert finished(instance, 2, home) == ["FAILURE", "SUCCESS"]
