@@ -39,8 +39,8 @@ demo: $(VENV)/.core
 
 # First what needs no server, on all cores; then what shares the one real stack. With PYTEST_ARGS either half may be empty.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 -m "not stack" $(PYTEST_ARGS) || [ $$? = 5 -a -n "$(PYTEST_ARGS)" ]
-	$(BIN)/python -m pytest -m stack $(PYTEST_ARGS) || [ $$? = 5 -a -n "$(PYTEST_ARGS)" ]
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 -m "not stack" --durations 15 $(PYTEST_ARGS) || [ $$? = 5 -a -n "$(PYTEST_ARGS)" ]
+	$(BIN)/python -m pytest -m stack --durations 40 $(PYTEST_ARGS) || [ $$? = 5 -a -n "$(PYTEST_ARGS)" ]
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
