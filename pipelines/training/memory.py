@@ -60,7 +60,9 @@ def activation_bytes(model: ModelConfig, num_classes: int, head: HeadKind, train
 
 def _kept(model: ModelConfig, num_classes: int, head: HeadKind, precision: str) -> int:
     """Bytes that one image's forward keeps besides the parameters, with the fused attention kernel."""
-    built = build_model(model, num_classes, head, seed=0).train()
+    built = build_model(model, num_classes, head, device="meta").to_empty(device="cpu").train()
+    for weight in built.state_dict().values():
+        weight.zero_()  # What is kept does not hang on the numbers, and drawing them takes most of the time.
     # Two images: the tokens of one have the shape of the position embedding, and would be taken for it.
     pixels = torch.zeros(2, model.channels, *model.size)
     context = torch.autocast("cpu", dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
