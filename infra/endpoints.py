@@ -10,8 +10,9 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 __all__ = ["BUCKET", "Endpoints", "current", "ensure"]
 
@@ -128,6 +129,20 @@ def _is_given() -> bool:
     return keys is None or keys.access_key != os.environ.get("AWS_ACCESS_KEY_ID")
 
 
+def _with_own_root(found: Endpoints) -> Endpoints:
+    """A VIT_ROOT beside a copy of the stack's own environment is the user's choice, such as a prefix of the bucket."""
+    return replace(found, root=os.environ.get("VIT_ROOT") or found.root)
+
+
+def _say_unused(say: Callable[[str], None]) -> None:
+    """A server that the environment names and the embedded stack replaces must not be left out in silence."""
+    for name in ("MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "RAY_ADDRESS"):
+        given = os.environ.get(name, "")
+        host = urlsplit(given if "://" in given else f"//{given}").hostname
+        if host not in {None, "auto", "local", "localhost", "127.0.0.1"}:  # Of a stack of ours, maybe one that moved.
+            say(f"{name}={given} is not used: without VIT_ROOT the embedded stack serves; set VIT_ROOT to use your own")
+
+
 def current() -> Endpoints | None:
     """The endpoints in force, without checking or starting anything; None if there are none."""
     if _is_given():
@@ -135,21 +150,25 @@ def current() -> Endpoints | None:
     from infra.local.state import State
 
     state = State.find()
-    return state.endpoints() if state else None
+    found = state.endpoints() if state else None
+    return _with_own_root(found) if found else None
 
 
 def ensure(start: bool = True, say: Callable[[str], None] | None = None) -> Endpoints:
     """The endpoints in force, alive and put into `os.environ`.
 
-    A given environment (VIT_ROOT) is taken as it is: processes on a cluster never start anything. Else every part of
-    the embedded stack is checked, a dead part is restarted and `say` hears a sentence about it (default: a logged
-    warning). Without a stack one is started; with `start=False` that is a StackError.
+    A given environment (VIT_ROOT) is taken as it is: processes on a cluster never start anything. Else, or beside a
+    copy of the stack's own environment (`vit env`; its VIT_ROOT may be another), every part of the embedded stack is
+    checked, a dead part is restarted and `say` hears a sentence about it (default: a logged warning). Without a stack
+    one is started; with `start=False` that is a StackError.
     """
     if _is_given():
         return _from_environment()
     from infra.local.stack import attend
     from infra.local.state import State
 
-    endpoints = attend(State.find() or State.default(), start=start, say=say or (lambda text: log.warning("%s", text)))
+    say = say or (lambda text: log.warning("%s", text))
+    _say_unused(say)
+    endpoints = _with_own_root(attend(State.find() or State.default(), start=start, say=say))
     endpoints.apply()
     return endpoints

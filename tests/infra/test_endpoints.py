@@ -105,6 +105,33 @@ def test_a_copied_environment_follows_the_stack_when_it_moves(tmp_path: Path, mo
     assert os.environ["AWS_ENDPOINT_URL"] == "http://127.0.0.1:29999"
 
 
+def test_a_root_of_ones_own_beside_the_stacks_environment_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = recorded(tmp_path / ".vit")
+    monkeypatch.setattr(os, "environ", Environment(os.environ))
+    found = endpoints.ensure(start=False)  # As `eval "$(vit env)"` leaves a shell.
+    os.environ["VIT_ROOT"] = "s3://vit/mine"
+    for again in (endpoints.ensure(start=False), endpoints.current()):
+        assert again is not None and again.root == "s3://vit/mine"
+        assert again.s3_endpoint == found.s3_endpoint
+    assert os.environ["VIT_ROOT"] == "s3://vit/mine"
+    stored = state.endpoints()
+    assert stored and stored.root == "s3://vit"  # MLflow keeps its artifacts where they were.
+
+
+def test_a_server_that_the_embedded_stack_replaces_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded(tmp_path / ".vit")
+    monkeypatch.setattr(os, "environ", Environment(os.environ))
+    os.environ["MLFLOW_TRACKING_URI"] = "https://mlflow.example"
+    said: list[str] = []
+    endpoints.ensure(start=False, say=said.append)
+    assert len(said) == 1 and "MLFLOW_TRACKING_URI=https://mlflow.example is not used" in said[0]
+    assert "VIT_ROOT" in said[0]
+    endpoints.ensure(start=False, say=said.append)
+    assert len(said) == 1  # Its own address is no news.
+
+
 def test_a_process_of_the_stack_itself_takes_its_environment_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
