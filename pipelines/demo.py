@@ -132,12 +132,13 @@ def _has_image(folder: Path) -> bool:
 def sample_values(folder: Path | None) -> tuple[Values, str, bool]:
     """Where the images lie, as values for the steps; a sentence on the upstream ones; whether they are a stand-in."""
     from pipelines.corpus.samples import digits, fashion_mnist
-    from pipelines.workflow.home import state_folder
+    from pipelines.workflow.home import locked, state_folder
 
     samples = state_folder() / "samples"
     samples.mkdir(exist_ok=True)
-    fashion, told = fashion_mnist(samples)
-    downstream = folder or digits(samples)
+    with locked(samples):  # Two shells may want them at once.
+        fashion, told = fashion_mnist(samples)
+        downstream = folder or digits(samples)
     is_stand_in = fashion.name != "fashion-mnist"
     values: Values = {
         "shard_fashion": {"source": str(fashion)},

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from pipelines import store
-from pipelines.cli import _report
 from pipelines.config import find_recipe
 from pipelines.identity import find_result
+from pipelines.messages import report
 from pipelines.why import main as why
 from pipelines.workflow.runner import NotRun, StepFailed
 from tests.integration.conftest import run
@@ -84,7 +84,7 @@ def test_a_refused_promotion_ends_cleanly_with_predict_not_run(
         with pytest.raises(StepFailed) as caught:
             run(images, promote={"minimum": 0.999, "alias": "flawless"})
         assert isinstance(caught.value.__cause__, NotRun)
-        assert _report(caught.value, debug=False) == 3
+        assert report(caught.value, debug=False) == 3
         told = capsys.readouterr()
         assert "below the minimum 0.999" in told.out
         assert "step predict was not run: nothing was promoted" in told.err

@@ -44,6 +44,11 @@ def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
         (["schedule"], "vit schedule needs"),
         (["schedule", "stat"], "did you mean"),
         (["demo", "--corpse", "x"], "did you mean '--corpus'?"),
+        (["corpus"], "vit corpus exclude CORPUS LIST"),
+        (["run", "workflows/demo", "--pretrain.train.batchsize", "4"], "did you mean 'batch_size'?"),
+        (["why", "workflows/demo", "--pretrain.train.batchsize", "4"], "did you mean 'batch_size'?"),
+        (["pretrain", "smoke/pretrain", "--plain"], "--plain has no effect on `vit pretrain`"),
+        (["down", "--again"], "--again has no effect on `vit down`"),
     ],
 )
 def test_a_wrong_command_exits_2_and_starts_nothing(
