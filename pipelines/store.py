@@ -405,11 +405,15 @@ def _local_write(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.replace(path)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise StoreError(f"no space left on the disk of {path}; free some and run the same command again") from None
-        raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+        raise _cannot_write(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _cannot_write(path: Path, error: OSError) -> StoreError:
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return StoreError(f"no space left on the disk of {path}; free some and run the same command again")
+    return StoreError(f"cannot write {path}: {error.strerror or error}")
 
 
 def _write_local(path: Path, data: bytes, *, if_absent: bool, if_match: str | None) -> str:
@@ -432,6 +436,8 @@ def _write_local(path: Path, data: bytes, *, if_absent: bool, if_match: str | No
         raise StoreError(f"cannot write {path}: {error.strerror}; check its permissions") from None
     except (NotADirectoryError, FileExistsError):
         raise StoreError(f"cannot write {path}: a parent of it is a file") from None
+    except OSError as error:  # Before the file itself: its folder, or the lock beside it.
+        raise _cannot_write(path, error) from error
 
 
 # S3 errors ----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 from pathlib import Path
 
@@ -119,3 +121,19 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="file"):
         store.write(str(tmp_path / "file" / "below"), b"")
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(errno.ENOSPC, "no space left on the disk of .*; free some"), (errno.EROFS, "Read-only")]
+)
+@pytest.mark.parametrize("step", ["mkdir", "open", "write_bytes"])
+def test_a_full_or_read_only_disk_is_said_wherever_it_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, number: int, said: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, step, fail)
+    with pytest.raises(StoreError, match=said):
+        store.write(str(tmp_path / "a"), b"x", if_absent=True)
+    assert not (tmp_path / "a").exists()
