@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-__all__ = ["BUCKET", "Endpoints", "current", "ensure"]
+__all__ = ["BUCKET", "Endpoints", "current", "ensure", "lack_of_space"]
 
 log = logging.getLogger(__name__)
 
 BUCKET = "vit"  # The one bucket of the embedded store, and all that its working key can reach.
+LEAST_FREE_BYTES = 1 << 30  # Of the disk under the state folder: below it no stack is started.
 PART_MARK = "VIT_PART"  # Carried by every process of an embedded stack, and so by each Ray worker and job of it.
 # Of another account, a named profile or another server; beside our own key pair they make every request fail.
 FOREIGN = (
@@ -154,6 +156,21 @@ def current() -> Endpoints | None:
     return _with_own_root(found) if found else None
 
 
+def lack_of_space() -> str | None:
+    """A sentence if the disk under the embedded store is nearly full: then it refuses to write, and says only 500."""
+    folder = os.environ.get("VIT_STATE")
+    try:
+        disk = shutil.disk_usage(folder) if folder else None
+    except OSError:
+        return None
+    if disk is None or disk.free > max(LEAST_FREE_BYTES, disk.total // 50):  # It stops at one hundredth.
+        return None
+    return (
+        f"{disk.free / 1e9:.2g} GB are free on the disk of {folder}, of {disk.total / 1e9:.3g}; when it is full the "
+        "object store refuses writes: free some there"
+    )
+
+
 def ensure(start: bool = True, say: Callable[[str], None] | None = None) -> Endpoints:
     """The endpoints in force, alive and put into `os.environ`.
 
@@ -171,4 +188,6 @@ def ensure(start: bool = True, say: Callable[[str], None] | None = None) -> Endp
     _say_unused(say)
     endpoints = _with_own_root(attend(State.find() or State.default(), start=start, say=say))
     endpoints.apply()
+    if lack := lack_of_space():
+        say(lack)
     return endpoints

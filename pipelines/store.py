@@ -34,6 +34,7 @@ __all__ = [
     "exists",
     "is_s3",
     "join",
+    "lack_of_space",
     "list_objects",
     "read",
     "read_into",
@@ -87,6 +88,13 @@ def root() -> str:
 
         ensure()
     return os.environ["VIT_ROOT"].rstrip("/")
+
+
+def lack_of_space() -> str:
+    """To end an error message with: what the embedded store cannot say itself when its disk is full; else nothing."""
+    from infra.endpoints import lack_of_space as found
+
+    return f"; {sentence}, and run the same command again" if (sentence := found()) else ""
 
 
 def is_s3(uri: str) -> bool:
@@ -508,11 +516,9 @@ def _retry(uri: str, verb: str, call: Callable[[], T], received: Callable[[], in
             if code in _CONFLICT:
                 raise Conflict(f"{uri} was written by somebody else in the meantime") from None
             if code not in _TRANSIENT or attempt == ATTEMPTS:
-                hint = (
-                    "; check the credentials and that they may use this bucket"
-                    if "403" in str(error) or "Denied" in code
-                    else ""
-                )
+                hint = lack_of_space() if code in _TRANSIENT else ""
+                if "403" in str(error) or "Denied" in code:
+                    hint = "; check the credentials and that they may use this bucket"
                 raise StoreError(f"cannot {verb} {uri}: {error}{hint}") from error
             problem: Exception = error
         except (BotoCoreError, HTTPError, ConnectionError, TimeoutError) as error:

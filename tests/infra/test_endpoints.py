@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -130,6 +131,23 @@ def test_a_server_that_the_embedded_stack_replaces_is_said(tmp_path: Path, monke
     assert "VIT_ROOT" in said[0]
     endpoints.ensure(start=False, say=said.append)
     assert len(said) == 1  # Its own address is no news.
+
+
+def test_a_disk_that_is_nearly_full_is_said_before_the_store_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded(tmp_path / ".vit")
+    monkeypatch.setattr(os, "environ", Environment(os.environ))
+    disk = shutil.disk_usage(tmp_path)
+    said: list[str] = []
+    for free, total, says in ((3 << 30, 100 << 30, 0), (1 << 29, 10 << 30, 1), (15 << 30, 1000 << 30, 2)):
+        full = disk._replace(free=free, total=total)
+        monkeypatch.setattr("shutil.disk_usage", lambda path, full=full: full)
+        endpoints.ensure(start=False, say=said.append)
+        assert len(said) == says, said
+    assert all("refuses writes: free some there" in line for line in said)
+    monkeypatch.delitem(os.environ, "VIT_STATE")  # Somebody else's store: its disk is not this one.
+    assert endpoints.lack_of_space() is None
 
 
 def test_a_process_of_the_stack_itself_takes_its_environment_as_it_is(
