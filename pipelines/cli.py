@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import Any
 
 from pipelines.messages import FAILED, INTERRUPTED, OK, TERMINATED, UsageError, report, say_error, say_help, write
-from pipelines.workflow.stages import STAGES, exit_code, nearest, recipe_class
+from pipelines.workflow.stages import STAGES, check, exit_code, nearest, recipe_class
 
 __all__ = ["main"]
 
@@ -129,6 +129,7 @@ def _stage(stage: str) -> Callable[[list[str], Flags], int]:
             recipe = _stored_recipe(stage, arguments)
         else:
             recipe = parse(recipe_class(stage), arguments, prog=f"vit {stage}")
+            check(stage, recipe)
             ensure_stack()
         from pipelines.workflow.again import TOKEN_VARIABLE, again
         from pipelines.workflow.report import say_result

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipelines.config import RecipeError, Strict, find_recipe, from_dict, load_recipe, packaged_recipes, read_yaml
-from pipelines.workflow.stages import STAGES, nearest, recipe_class
+from pipelines.workflow.stages import STAGES, check, nearest, recipe_class
 
 __all__ = ["Schedule", "Step", "Workflow", "find_workflow", "load_workflow", "merged", "packaged_workflows"]
 
@@ -184,7 +184,7 @@ def _recipe_problems(workflow: Workflow) -> Iterator[str]:
     stand_ins = {name: f"s3://output/of/{name}" for name in workflow.steps}
     for name in workflow.steps:
         try:
-            workflow.recipe(name, stand_ins)
+            check(workflow.steps[name].stage, workflow.recipe(name, stand_ins))
         except RecipeError as error:
             yield f"steps.{name}: " + "\n  ".join(str(error).splitlines())
 
