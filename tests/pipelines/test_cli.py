@@ -48,7 +48,7 @@ def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
         (["run", "workflows/demo", "--pretrain.train.batchsize", "4"], "did you mean 'batch_size'?"),
         (["why", "workflows/demo", "--pretrain.train.batchsize", "4"], "did you mean 'batch_size'?"),
         (["pretrain", "smoke/pretrain", "--plain"], "--plain has no effect on `vit pretrain`"),
-        (["run", "workflows/demo", "--finetune.model.width", "8"], "model has no effect with weights="),
+        (["run", "workflows/demo", "--finetune.model.variant", "B/16"], "model has no effect with weights="),
         (["finetune", "demo/finetune"], "weights=null trains from scratch and needs model"),
         (["finetune", "demo/finetune_scratch", "--register-as", "a/b"], "model name 'a/b'"),
         (["down", "--again"], "--again has no effect on `vit down`"),
