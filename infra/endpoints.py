@@ -166,8 +166,8 @@ def lack_of_space() -> str | None:
     if disk is None or disk.free > max(LEAST_FREE_BYTES, disk.total // 50):  # It stops at one hundredth.
         return None
     return (
-        f"{disk.free / 1e9:.2g} GB are free on the disk of {folder}, of {disk.total / 1e9:.3g}; when it is full the "
-        "object store refuses writes: free some there"
+        f"{disk.free >> 20:,} MB of {disk.total >> 20:,} are free on the disk of {folder}; when it is full the object "
+        "store refuses writes: free some there"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Mapping
 
@@ -76,6 +77,8 @@ def report(error: Exception, debug: bool) -> int:
     if debug or not expected:
         _say_traceback(error)
     text = str(root) if expected else f"{type(root).__name__}: {root}"
+    if isinstance(root, OSError) and root.errno in {errno.ENOSPC, errno.EDQUOT}:
+        text += "; free some and run the same command again"
     say_error(f"{step}{text or type(root).__name__}" + ("" if debug or not expected else "  (--debug shows where)"))
     return USAGE if isinstance(root, UsageError | RecipeError) else FAILED
 

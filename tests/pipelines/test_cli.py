@@ -135,6 +135,7 @@ def test_help_of_a_recipe_shows_its_fields(
     ("trouble", "code", "said", "traceback"),
     [
         ("value", 1, "the kettle is cold; heat it first", False),
+        ("full", 1, "No space left on device: 'cup'; free some and run the same command again", False),
         ("bug", 1, "TypeError: not a cup", True),
         ("interrupt", 130, "the same command resumes: vit brew", False),
     ],
