@@ -141,7 +141,8 @@ def _say_unused(say: Callable[[str], None]) -> None:
     for name in ("MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "RAY_ADDRESS"):
         given = os.environ.get(name, "")
         host = urlsplit(given if "://" in given else f"//{given}").hostname
-        if host not in {None, "auto", "local", "localhost", "127.0.0.1"}:  # Of a stack of ours, maybe one that moved.
+        # Loopback: of a stack of ours, maybe one that moved.
+        if given and host not in {"auto", "local", "localhost", "127.0.0.1"}:
             say(f"{name}={given} is not used: without VIT_ROOT the embedded stack serves; set VIT_ROOT to use your own")
 
 

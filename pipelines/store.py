@@ -94,7 +94,7 @@ def lack_of_space() -> str:
     """To end an error message with: what the embedded store cannot say itself when its disk is full; else nothing."""
     from infra.endpoints import lack_of_space as found
 
-    return f"; {sentence}, and run the same command again" if (sentence := found()) else ""
+    return f"; {sentence}, and run the same command again a minute later" if (sentence := found()) else ""
 
 
 def is_s3(uri: str) -> bool:
@@ -463,6 +463,7 @@ _TRANSIENT = {
     "RequestTimeout",
     "Throttling",
 }
+_TOO_LONG = "the store failed at each try; run the same command again in a minute (`vit status` names its log)"
 
 
 def _split(uri: str, may_be_bucket: bool = False) -> tuple[str, str]:
@@ -516,7 +517,7 @@ def _retry(uri: str, verb: str, call: Callable[[], T], received: Callable[[], in
             if code in _CONFLICT:
                 raise Conflict(f"{uri} was written by somebody else in the meantime") from None
             if code not in _TRANSIENT or attempt == ATTEMPTS:
-                hint = lack_of_space() if code in _TRANSIENT else ""
+                hint = lack_of_space() or f"; {_TOO_LONG}" if code in _TRANSIENT else ""
                 if "403" in str(error) or "Denied" in code:
                     hint = "; check the credentials and that they may use this bucket"
                 raise StoreError(f"cannot {verb} {uri}: {error}{hint}") from error

@@ -121,13 +121,16 @@ def test_a_root_of_ones_own_beside_the_stacks_environment_is_kept(
     assert stored and stored.root == "s3://vit"  # MLflow keeps its artifacts where they were.
 
 
-def test_a_server_that_the_embedded_stack_replaces_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("given", ["https://mlflow.example", "sqlite:///mine.db", "./mlruns"])
+def test_a_server_that_the_embedded_stack_replaces_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
     recorded(tmp_path / ".vit")
     monkeypatch.setattr(os, "environ", Environment(os.environ))
-    os.environ["MLFLOW_TRACKING_URI"] = "https://mlflow.example"
+    os.environ["MLFLOW_TRACKING_URI"] = given
     said: list[str] = []
     endpoints.ensure(start=False, say=said.append)
-    assert len(said) == 1 and "MLFLOW_TRACKING_URI=https://mlflow.example is not used" in said[0]
+    assert len(said) == 1 and f"MLFLOW_TRACKING_URI={given} is not used" in said[0]
     assert "VIT_ROOT" in said[0]
     endpoints.ensure(start=False, say=said.append)
     assert len(said) == 1  # Its own address is no news.
