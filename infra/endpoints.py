@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
-__all__ = ["BUCKET", "Endpoints", "current", "ensure"]
+__all__ = ["BUCKET", "Endpoints", "current", "ensure", "lack_of_space"]
 
 log = logging.getLogger(__name__)
 
 BUCKET = "vit"  # The one bucket of the embedded store, and all that its working key can reach.
+LEAST_FREE_BYTES = 1 << 30  # Of the disk under the state folder: below it no stack is started.
 PART_MARK = "VIT_PART"  # Carried by every process of an embedded stack, and so by each Ray worker and job of it.
 # Of another account, a named profile or another server; beside our own key pair they make every request fail.
 FOREIGN = (
@@ -128,6 +131,21 @@ def _is_given() -> bool:
     return keys is None or keys.access_key != os.environ.get("AWS_ACCESS_KEY_ID")
 
 
+def _with_own_root(found: Endpoints) -> Endpoints:
+    """A VIT_ROOT beside a copy of the stack's own environment is the user's choice, such as a prefix of the bucket."""
+    return replace(found, root=os.environ.get("VIT_ROOT") or found.root)
+
+
+def _say_unused(say: Callable[[str], None]) -> None:
+    """A server that the environment names and the embedded stack replaces must not be left out in silence."""
+    for name in ("MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "RAY_ADDRESS"):
+        given = os.environ.get(name, "")
+        host = urlsplit(given if "://" in given else f"//{given}").hostname
+        # Loopback: of a stack of ours, maybe one that moved.
+        if given and host not in {"auto", "local", "localhost", "127.0.0.1"}:
+            say(f"{name}={given} is not used: without VIT_ROOT the embedded stack serves; set VIT_ROOT to use your own")
+
+
 def current() -> Endpoints | None:
     """The endpoints in force, without checking or starting anything; None if there are none."""
     if _is_given():
@@ -135,21 +153,42 @@ def current() -> Endpoints | None:
     from infra.local.state import State
 
     state = State.find()
-    return state.endpoints() if state else None
+    found = state.endpoints() if state else None
+    return _with_own_root(found) if found else None
+
+
+def lack_of_space() -> str | None:
+    """A sentence if the disk under the embedded store is nearly full: then it refuses to write, and says only 500."""
+    folder = os.environ.get("VIT_STATE")
+    try:
+        disk = shutil.disk_usage(folder) if folder else None
+    except OSError:
+        return None
+    if disk is None or disk.free > max(LEAST_FREE_BYTES, disk.total // 50):  # It stops at one hundredth.
+        return None
+    return (
+        f"{disk.free >> 20:,} MB of {disk.total >> 20:,} are free on the disk of {folder}; when it is full the object "
+        "store refuses writes: free some there"
+    )
 
 
 def ensure(start: bool = True, say: Callable[[str], None] | None = None) -> Endpoints:
     """The endpoints in force, alive and put into `os.environ`.
 
-    A given environment (VIT_ROOT) is taken as it is: processes on a cluster never start anything. Else every part of
-    the embedded stack is checked, a dead part is restarted and `say` hears a sentence about it (default: a logged
-    warning). Without a stack one is started; with `start=False` that is a StackError.
+    A given environment (VIT_ROOT) is taken as it is: processes on a cluster never start anything. Else, or beside a
+    copy of the stack's own environment (`vit env`; its VIT_ROOT may be another), every part of the embedded stack is
+    checked, a dead part is restarted and `say` hears a sentence about it (default: a logged warning). Without a stack
+    one is started; with `start=False` that is a StackError.
     """
     if _is_given():
         return _from_environment()
     from infra.local.stack import attend
     from infra.local.state import State
 
-    endpoints = attend(State.find() or State.default(), start=start, say=say or (lambda text: log.warning("%s", text)))
+    say = say or (lambda text: log.warning("%s", text))
+    _say_unused(say)
+    endpoints = _with_own_root(attend(State.find() or State.default(), start=start, say=say))
     endpoints.apply()
+    if lack := lack_of_space():
+        say(lack)
     return endpoints

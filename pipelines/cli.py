@@ -10,24 +10,20 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
-from pipelines.config import RecipeError
-from pipelines.workflow.stages import STAGES, exit_code, nearest, recipe_class
+from pipelines.messages import FAILED, INTERRUPTED, OK, TERMINATED, UsageError, report, say_error, say_help, write
+from pipelines.workflow.stages import STAGES, check, exit_code, nearest, recipe_class
 
-__all__ = ["UsageError", "main"]
+__all__ = ["main"]
 
-OK, FAILED, USAGE, REFUSED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 OURS = ("pipelines", "infra", "vit_model")
-
-
-class UsageError(ValueError):
-    """The command itself is wrong: exit code 2, nothing was started."""
 
 
 @dataclass(frozen=True, slots=True)
 class Flags:
-    """Flags that any verb takes; they may stand anywhere after it."""
+    """Flags that stand anywhere after the verb. `debug` is for all, the others for the verbs that compute."""
 
     again: bool = False
     debug: bool = False
@@ -49,41 +45,55 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except KeyboardInterrupt:
-        _say_error(f"interrupted; the same command resumes: {command}")
+        say_error(f"interrupted; the same command resumes: {command}")
         return INTERRUPTED
     except SystemExit as stop:  # tyro's own --help (0) and flag errors (2); SIGTERM (143)
         if stop.code == TERMINATED:
-            _say_error(f"terminated; the same command resumes: {command}")
+            say_error(f"terminated; the same command resumes: {command}")
         return stop.code if isinstance(stop.code, int) else (OK if stop.code is None else FAILED)
     except BrokenPipeError:  # `vit recipes | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
     except Exception as error:
-        return _report(error, debug)
+        return report(error, debug)
 
 
 def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in {"-h", "--help", "help"}:
-        _say_help()
+        say_help(_groups())
         return OK
     verb, *rest = arguments
     if verb in {"--version", "-V"}:
         from importlib.metadata import PackageNotFoundError, version
 
         try:
-            _write(f"vit {version('vit-pipelines')}")
+            write(f"vit {version('vit-pipelines')}")
         except PackageNotFoundError:
-            _write("vit (run from the source folder, not installed)")
+            write("vit (run from the source folder, not installed)")
         return OK
     if verb not in VERBS:
         raise UsageError(f"unknown verb {verb!r}{nearest(verb, VERBS)}; `vit --help` shows them all")
     flags = Flags(**{name: f"--{name}" in rest for name in ("again", "debug", "plain")})
+    for name, takers in {"again": ("demo", *STAGES, "run", "submit"), "plain": ("demo", "run")}.items():
+        if getattr(flags, name) and verb not in takers:
+            raise UsageError(f"--{name} has no effect on `vit {verb}`; it is for {', '.join(takers)}")
     rest = [word for word in rest if word not in {"--again", "--debug", "--plain"}]
     if verb not in STAGES and verb not in INFRA and rest[:1] in (["--help"], ["-h"]):
-        _write(f"usage: vit {verb} {VERBS[verb].usage}\n\n{VERBS[verb].help}")
+        write(f"usage: vit {verb} {VERBS[verb].usage}\n\n{VERBS[verb].help}")
         return OK
     _set_up_process(flags.debug)
     return VERBS[verb].call(rest, flags)
+
+
+def _groups() -> dict[str, dict[str, str]]:
+    """Titles of the help, each with its verbs and what they do."""
+    start = ["demo", *INFRA]
+    groups = {
+        "start here": start,
+        "stages: vit VERB RECIPE [--dotted.flag VALUE ...]": list(STAGES),
+        "together": [verb for verb in VERBS if verb not in STAGES and verb not in start],
+    }
+    return {title: {verb: VERBS[verb].help for verb in verbs} for title, verbs in groups.items()}
 
 
 def _set_up_process(debug: bool) -> None:
@@ -119,6 +129,7 @@ def _stage(stage: str) -> Callable[[list[str], Flags], int]:
             recipe = _stored_recipe(stage, arguments)
         else:
             recipe = parse(recipe_class(stage), arguments, prog=f"vit {stage}")
+            check(stage, recipe)
             ensure_stack()
         from pipelines.workflow.again import TOKEN_VARIABLE, again
         from pipelines.workflow.report import say_result
@@ -144,6 +155,16 @@ def _stored_recipe(stage: str, arguments: list[str]) -> Any:
         return parse(recipe_class(stage), [str(recipe), *arguments[1:]], prog=f"vit {stage}")
 
 
+def _module(name: str) -> Callable[[list[str], Flags], int]:
+    """A verb whose module has `main(arguments, prepare)`."""
+
+    def call(arguments: list[str], flags: Flags) -> int:
+        code: int = import_module(name).main(arguments, ensure_stack)
+        return code
+
+    return call
+
+
 def _run(arguments: list[str], flags: Flags) -> int:
     from pipelines.workflow.again import again
     from pipelines.workflow.flags import workflow_arguments
@@ -151,7 +172,9 @@ def _run(arguments: list[str], flags: Flags) -> int:
     from pipelines.workflow.spec import load_workflow, merged
 
     name, values = workflow_arguments("run", arguments)
-    workflow = load_workflow(name, merged(_demo_values(name), values))
+    workflow = load_workflow(name, values)  # What is wrong is said before anything starts.
+    if more := _demo_values(name):
+        workflow = load_workflow(name, merged(more, values))
     ensure_stack()
     from pipelines.progress import say
 
@@ -186,36 +209,6 @@ def _why(arguments: list[str], flags: Flags) -> int:
     return why_main(arguments, ensure_stack, _demo_values)
 
 
-def _verify(arguments: list[str], flags: Flags) -> int:
-    from pipelines.verify import main as verify_main
-
-    return verify_main(arguments, ensure_stack)
-
-
-def _estimate(arguments: list[str], flags: Flags) -> int:
-    from pipelines.estimate import main as estimate_main
-
-    return estimate_main(arguments, ensure_stack)
-
-
-def _runs(arguments: list[str], flags: Flags) -> int:
-    from pipelines.runs import main as runs_main
-
-    return runs_main(arguments, ensure_stack)
-
-
-def _gc(arguments: list[str], flags: Flags) -> int:
-    from pipelines.garbage import main as gc_main
-
-    return gc_main(arguments, ensure_stack)
-
-
-def _inspect_batch(arguments: list[str], flags: Flags) -> int:
-    from pipelines.inspect_batch import main as inspect_main
-
-    return inspect_main(arguments, ensure_stack)
-
-
 def _schedule(arguments: list[str], flags: Flags) -> int:
     from infra.endpoints import current
     from pipelines.workflow.schedules import main as schedule_main
@@ -224,12 +217,6 @@ def _schedule(arguments: list[str], flags: Flags) -> int:
         found.apply()
 
     return schedule_main(arguments, ensure_stack)
-
-
-def _corpus(arguments: list[str], flags: Flags) -> int:
-    from pipelines.corpus.command import main as corpus_main
-
-    return corpus_main(arguments, ensure_stack)
 
 
 def _submit(arguments: list[str], flags: Flags) -> int:
@@ -280,27 +267,27 @@ VERBS: dict[str, Verb] = {
     "verify": Verb(
         "CORPUS [--deep] [--num-workers N]",
         "every byte of a corpus against its manifest; exit code 1 if anything differs",
-        _verify,
+        _module("pipelines.verify"),
     ),
     "estimate": Verb(
         "RECIPE [--on h100x8] [--mfu 0.45] [--price DOLLARS] [--images N] [--classes K] [--dotted.flag VALUE ...]",
         "what a training will need and cost: memory, time, dollars, reading; nothing is started",
-        _estimate,
+        _module("pipelines.estimate"),
     ),
     "runs": Verb(
         "[list [STAGE]] | tail DIGEST | stop DIGEST | compare DIGEST DIGEST",
         "every stage run in the store: where it stands; follow it, stop it, compare two",
-        _runs,
+        _module("pipelines.runs"),
     ),
     "gc": Verb(
         "--older-than AGE [--results] [--dry-run]",
         "free spent checkpoints and abandoned runs; --results: also finished runs that no version and no run names",
-        _gc,
+        _module("pipelines.garbage"),
     ),
     "inspect-batch": Verb(
         "[STAGE] RECIPE [--step N] [--images N] [--output FILE] [--dotted.flag VALUE ...]",
         "a picture of what the model will see, with labels and weights",
-        _inspect_batch,
+        _module("pipelines.inspect_batch"),
     ),
     "submit": Verb(
         "[--working-dir DIR] STAGE RECIPE [--dotted.flag VALUE ...]",
@@ -311,7 +298,7 @@ VERBS: dict[str, Verb] = {
     "corpus": Verb(
         "exclude CORPUS LIST | versions CORPUS",
         "withdraw listed images as a new version; show all versions",
-        _corpus,
+        _module("pipelines.corpus.command"),
     ),
     "recipes": Verb("[WORD ...]", "the packaged recipes and what each is for", _recipes),
 }
@@ -333,79 +320,3 @@ def ensure_stack() -> None:
     from pipelines.progress import say
 
     ensure(say=say)
-
-
-# -------------------------------------------------------------------------------------------------- help and messages
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text + "\n")  # Without rich: `vit --help` answers at once.
-
-
-def _say_help() -> None:
-    groups = {
-        "start here": ["demo", *INFRA],
-        "stages: vit VERB RECIPE [--dotted.flag VALUE ...]": list(STAGES),
-        "together": [
-            "run",
-            "why",
-            "runs",
-            "gc",
-            "estimate",
-            "inspect-batch",
-            "submit",
-            "schedule",
-            "corpus",
-            "verify",
-            "recipes",
-        ],
-    }
-    _write("usage: vit VERB ...\n\nPretrain, fine-tune and ship Vision Transformers on your own image corpus.")
-    for title, verbs in groups.items():
-        _write(f"\n{title}")
-        for verb in verbs:
-            _write(f"  {verb:<13} {VERBS[verb].help}")
-    _write(
-        "\nA RECIPE is a YAML path or the name of a packaged recipe (`vit recipes`); `vit VERB RECIPE --help` shows its"
-        "\nfields. A finished stage is not computed again: its result is reused; --again recomputes."
-        "\n--debug shows tracebacks. Exit code: 0 done, 1 failed, 2 wrong command or recipe, 3 a promotion was refused,"
-        "\n130 interrupted (the same command resumes)."
-    )
-
-
-def _say_error(text: str) -> None:
-    sys.stdout.flush()
-    sys.stderr.write(f"vit: {text}\n")
-    sys.stderr.flush()
-
-
-def _report(error: Exception, debug: bool) -> int:
-    if isinstance(error, UsageError | RecipeError):
-        _say_error(str(error))
-        if debug:
-            _say_traceback(error)
-        return USAGE
-    from pipelines.identity import Held
-    from pipelines.workflow.runner import NotRun, StepFailed, root_error
-
-    if isinstance(error, Held):
-        _say_error(str(error))
-        return OK
-    if isinstance(error, StepFailed) and isinstance(error.__cause__, NotRun):
-        _say_error(f"step {error.step} was not run: {error.__cause__}")
-        return REFUSED
-    step = f"step {error.step}: " if isinstance(error, StepFailed) else ""
-    root = root_error(error.__cause__ if isinstance(error, StepFailed) and error.__cause__ else error)
-    expected = isinstance(root, ValueError | OSError) or type(root).__module__.split(".")[0] in OURS
-    if debug or not expected:
-        _say_traceback(error)
-    text = str(root) if expected else f"{type(root).__name__}: {root}"
-    _say_error(f"{step}{text or type(root).__name__}" + ("" if debug or not expected else "  (--debug shows where)"))
-    return USAGE if isinstance(root, UsageError | RecipeError) else FAILED
-
-
-def _say_traceback(error: Exception) -> None:
-    import traceback
-
-    sys.stdout.flush()
-    traceback.print_exception(error)

@@ -27,6 +27,7 @@ __all__ = [
     "load_recipe",
     "packaged_recipes",
     "parse",
+    "read_yaml",
     "to_dict",
     "to_yaml",
 ]
@@ -87,13 +88,8 @@ def find_recipe(name_or_path: str | Path) -> Path:
 
 def load_recipe(cls: type[T], name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> T:
     """Read a recipe; `overrides` maps dotted field names to values and wins over the file."""
-    import yaml
-
     path = find_recipe(name_or_path)
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML: {error}") from None
+    values = read_yaml(path) or {}
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of fields to values, got {type(values).__name__}")
     for dotted, value in (overrides or {}).items():
@@ -105,6 +101,47 @@ def load_recipe(cls: type[T], name_or_path: str | Path, overrides: Mapping[str, 
                 raise RecipeError(f"{path}: override {dotted!r} reaches into {parent!r}, which is a plain value")
         node[leaf] = value
     return from_dict(cls, values, str(path))
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file says. RecipeError if it cannot be read, or names a key twice: one would silently win."""
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        twice = next(_keys_twice(yaml.compose(text, yaml.SafeLoader)), None)
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not valid YAML: {error}") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not UTF-8 text (byte {error.start:,}); is it a recipe?") from None
+    except OSError as error:
+        raise RecipeError(f"cannot read {path}: {error.strerror}") from None
+    if twice is not None:
+        raise RecipeError(f"{path}, line {twice.start_mark.line + 1}: key {twice.value!r} stands twice; keep one")
+    return values
+
+
+def _keys_twice(root: Any) -> Iterator[Any]:
+    """The second node of each key that a mapping names twice."""
+    import yaml
+
+    waiting, known = [root], set()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in known:  # An anchor may stand in itself.
+            continue
+        known.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+        elif isinstance(node, yaml.MappingNode):
+            names: set[str] = set()
+            for key, value in node.value:
+                waiting += [key, value]
+                if isinstance(key, yaml.ScalarNode):
+                    if key.value in names:
+                        yield key
+                    names.add(key.value)
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "recipe") -> T:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -132,12 +134,13 @@ def _has_image(folder: Path) -> bool:
 def sample_values(folder: Path | None) -> tuple[Values, str, bool]:
     """Where the images lie, as values for the steps; a sentence on the upstream ones; whether they are a stand-in."""
     from pipelines.corpus.samples import digits, fashion_mnist
-    from pipelines.workflow.home import state_folder
+    from pipelines.workflow.home import locked, state_folder
 
     samples = state_folder() / "samples"
     samples.mkdir(exist_ok=True)
-    fashion, told = fashion_mnist(samples)
-    downstream = folder or digits(samples)
+    with locked(samples):  # Two shells may want them at once.
+        fashion, told = fashion_mnist(samples)
+        downstream = folder or digits(samples)
     is_stand_in = fashion.name != "fashion-mnist"
     values: Values = {
         "shard_fashion": {"source": str(fashion)},
@@ -147,7 +150,9 @@ def sample_values(folder: Path | None) -> tuple[Values, str, bool]:
     if is_stand_in:
         values["promote"] = {"minimum": STAND_IN_MINIMUM}
     if folder is not None:
-        name = re.sub(r"[^a-z0-9]+", "-", folder.name.lower()).strip("-") or "own"
+        name = re.sub(r"[^a-z0-9]+", "-", folder.name.lower()).strip("-")
+        if not name:  # In another script: two such folders are still two models.
+            name = f"own-{hashlib.sha256(os.fsencode(folder.name)).hexdigest()[:8]}"
         values["shard_digits"] |= {"destination": name, "splits": _missing_splits(folder)}
         values["finetune"] = {"register_as": name}
         values["scratch"] = {"register_as": f"{name}-scratch"}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines import identity, store
-from pipelines.config import Strict, input_
+from pipelines.config import RecipeError, Strict, input_
 from pipelines.fit import (
     check_choices,
     check_splits,
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from pipelines.tracking.run import Run
     from pipelines.training.watch import Outcome
 
-__all__ = ["STAGE", "VERSION", "FinetuneRecipe", "run"]
+__all__ = ["STAGE", "VERSION", "FinetuneRecipe", "check", "run"]
 
 STAGE = "finetune"
 VERSION = 1
@@ -79,20 +79,25 @@ class FinetuneRecipe(Strict):
             )
 
 
-def run(recipe: FinetuneRecipe) -> StageResult:
-    """Train, resume, or return the finished result of the same recipe, weights and corpus."""
-    from pipelines.corpus.manifest import open_corpus
-
+def check(recipe: FinetuneRecipe) -> None:
+    """What the fields ask of each other once the workflow or the command has filled them in. Raises RecipeError."""
     if recipe.weights is None and recipe.model is None:
-        raise ValueError(
+        raise RecipeError(
             "weights=null trains from scratch and needs model; give weights, or model.variant, or its sizes"
         )
     if recipe.weights is not None and recipe.model is not None:
-        raise ValueError(f"model has no effect with weights={recipe.weights!r}, which say what they are; remove one")
+        raise RecipeError(f"model has no effect with weights={recipe.weights!r}, which say what they are; remove one")
     if recipe.register_as is not None:
         from pipelines.tracking.registry import check_model_name
 
         check_model_name(recipe.register_as)
+
+
+def run(recipe: FinetuneRecipe) -> StageResult:
+    """Train, resume, or return the finished result of the same recipe, weights and corpus."""
+    from pipelines.corpus.manifest import open_corpus
+
+    check(recipe)
     corpus = open_corpus(recipe.corpus)
     check_splits(recipe, corpus)
     check_choices(recipe, corpus)

@@ -99,7 +99,7 @@ def main(arguments: Sequence[str], prepare: Callable[[], None] = lambda: None) -
     dry, results = "--dry-run" in words, "--results" in words
     words = [word for word in words if word not in ("--dry-run", "--results")]
     if len(words) != 2 or words[0] != "--older-than":
-        raise RecipeError(f"vit gc takes {main.__doc__}; AGE is such as 36h, 30d or 8w")
+        raise RecipeError("vit gc takes `--older-than AGE [--results] [--dry-run]`; AGE is such as 36h, 30d or 8w")
     age = parse_age(words[1])
     prepare()
     total = 0

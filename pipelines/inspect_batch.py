@@ -35,12 +35,14 @@ def main(arguments: Sequence[str], prepare: Callable[[], None] = lambda: None) -
     recipe = parse(recipe_class(stage), [words[0], *flags], prog=f"vit inspect-batch {stage}")
     prepare()
     from pipelines.corpus.manifest import open_corpus
+    from pipelines.tracking.figures import boxes_for_unknown_letters
 
     corpus = open_corpus(recipe.corpus)
     batch = training_batch(recipe, corpus, own.step)
     figure = batch_figure(batch, corpus.class_names, own.images, f"{words[0]}, step {own.step:,}")
     own.output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(own.output, dpi=100)
+    with boxes_for_unknown_letters():
+        figure.savefig(own.output, dpi=100)
     bad = int((batch.weights == 0).sum())
     shown = min(own.images, len(batch))
     say(f"{own.output}: {shown} of the {len(batch)} images of step {own.step:,}" + (f"; {bad} bad" if bad else ""))

@@ -119,8 +119,10 @@ def _lost(result: StageResult) -> str | None:
 def list_folder(images: str) -> Listing:
     """Image files below a folder or prefix by their ending, hidden ones left out; or one file."""
     base = images.rstrip("/") if store.is_s3(images) else str(Path(images).expanduser().absolute())
+    if not store.is_s3(base) and not Path(base).exists():
+        raise ValueError(f"images={images!r}: there is no {base}; a bucket is written s3://BUCKET/PREFIX")
     found = list(store.list_objects(base))
-    if not found and store.exists(base):
+    if not found and not Path(base).is_dir() and store.exists(base):
         found = [store.stat(base)]
     names, uris, ignored = [], [], 0
     digest = hashlib.sha256()
@@ -161,11 +163,11 @@ def list_corpus(reference: str, split: str) -> Listing:
 
 
 def _work(recipe: PredictRecipe, source: ModelSource, listing: Listing, attempt: Attempt) -> StageResult:
-    from pipelines.evaluation.parts import Parts, check_destination
+    from pipelines.evaluation.parts import Parts, claim_destination
     from pipelines.tracking.run import track
 
     if recipe.destination is not None:
-        check_destination(recipe.destination, attempt.digest)
+        claim_destination(recipe.destination, attempt.digest)  # Now: not after hours of work.
     with track(attempt, recipe, tags={"vit.model": source.uri, "vit.images": recipe.images}) as run:
         started = time.monotonic()
         parts = Parts(attempt, len(listing))

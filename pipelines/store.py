@@ -34,6 +34,7 @@ __all__ = [
     "exists",
     "is_s3",
     "join",
+    "lack_of_space",
     "list_objects",
     "read",
     "read_into",
@@ -87,6 +88,13 @@ def root() -> str:
 
         ensure()
     return os.environ["VIT_ROOT"].rstrip("/")
+
+
+def lack_of_space() -> str:
+    """To end an error message with: what the embedded store cannot say itself when its disk is full; else nothing."""
+    from infra.endpoints import lack_of_space as found
+
+    return f"; {sentence}, and run the same command again a minute later" if (sentence := found()) else ""
 
 
 def is_s3(uri: str) -> bool:
@@ -405,11 +413,15 @@ def _local_write(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.replace(path)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise StoreError(f"no space left on the disk of {path}; free some and run the same command again") from None
-        raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+        raise _cannot_write(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _cannot_write(path: Path, error: OSError) -> StoreError:
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return StoreError(f"no space left on the disk of {path}; free some and run the same command again")
+    return StoreError(f"cannot write {path}: {error.strerror or error}")
 
 
 def _write_local(path: Path, data: bytes, *, if_absent: bool, if_match: str | None) -> str:
@@ -432,6 +444,8 @@ def _write_local(path: Path, data: bytes, *, if_absent: bool, if_match: str | No
         raise StoreError(f"cannot write {path}: {error.strerror}; check its permissions") from None
     except (NotADirectoryError, FileExistsError):
         raise StoreError(f"cannot write {path}: a parent of it is a file") from None
+    except OSError as error:  # Before the file itself: its folder, or the lock beside it.
+        raise _cannot_write(path, error) from error
 
 
 # S3 errors ----------------------------------------------------------------------------------------------------------
@@ -449,6 +463,7 @@ _TRANSIENT = {
     "RequestTimeout",
     "Throttling",
 }
+_TOO_LONG = "the store failed at each try; run the same command again in a minute (`vit status` names its log)"
 
 
 def _split(uri: str, may_be_bucket: bool = False) -> tuple[str, str]:
@@ -502,11 +517,9 @@ def _retry(uri: str, verb: str, call: Callable[[], T], received: Callable[[], in
             if code in _CONFLICT:
                 raise Conflict(f"{uri} was written by somebody else in the meantime") from None
             if code not in _TRANSIENT or attempt == ATTEMPTS:
-                hint = (
-                    "; check the credentials and that they may use this bucket"
-                    if "403" in str(error) or "Denied" in code
-                    else ""
-                )
+                hint = lack_of_space() or f"; {_TOO_LONG}" if code in _TRANSIENT else ""
+                if "403" in str(error) or "Denied" in code:
+                    hint = "; check the credentials and that they may use this bucket"
                 raise StoreError(f"cannot {verb} {uri}: {error}{hint}") from error
             problem: Exception = error
         except (BotoCoreError, HTTPError, ConnectionError, TimeoutError) as error:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pipelines import store
-from pipelines.config import RecipeError, find_recipe, flatten, load_recipe, parse
+from pipelines.config import RecipeError, find_recipe, flatten, load_recipe, parse, read_yaml
 from pipelines.identity import canonical, code_fingerprint, runs
 from pipelines.progress import say
 from pipelines.workflow.flags import workflow_arguments
@@ -46,7 +46,9 @@ def main(
             raise RecipeError(f"unknown stage {stage!r}{nearest(stage, STAGES)}")
     elif _is_workflow(words[0]):
         name, values = workflow_arguments("why", words)
-        workflow = load_workflow(name, merged(values_of(name), values))
+        workflow = load_workflow(name, values)  # What is wrong is said before anything starts.
+        if more := values_of(name):
+            workflow = load_workflow(name, merged(more, values))
         prepare()
         for line in why_workflow(workflow):
             say(line)
@@ -191,14 +193,8 @@ def _made(record: Record) -> str:
 
 
 def _is_workflow(name: str) -> bool:
-    import yaml
-
     try:
-        path = find_workflow(name)
+        values = read_yaml(find_workflow(name))
     except RecipeError:
-        return False
-    try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError:
         return False
     return isinstance(values, dict) and "steps" in values

@@ -83,7 +83,7 @@ def allowed(path: Path, module: str) -> bool:
         case "workflow":
             return below(module, "pipelines.workflow")
         case "cli":
-            return below(module, "pipelines.cli", "pipelines.workflow", *VERBS)
+            return below(module, "pipelines.cli", "pipelines.messages", "pipelines.workflow", *VERBS)
     return stage_or_join  # Stages join the parts.
 
 

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from infra.endpoints import Endpoints
+from infra.endpoints import LEAST_FREE_BYTES, Endpoints
 from infra.local import ports, processes
 from infra.local.errors import StackError
 from infra.local.launch import Watch
@@ -30,7 +30,6 @@ PARTS: tuple[Part, ...] = (ObjectStore(), MlflowServer(), RayHead())
 START_SECONDS = 180.0
 STOP_SECONDS = 15.0
 LEFTOVER_SECONDS = 5.0  # For what is left of a dead part: nothing there has anything to save.
-LEAST_FREE_BYTES = 1 << 30
 
 Say = Callable[[str], None]
 

@@ -205,11 +205,14 @@ class State:
         )
 
     def ray_folder(self) -> Path:
-        """Ray's own folder: in the state folder if its socket paths stay short enough for the kernel, else in /tmp."""
+        """Ray's own folder: in the state folder, or in /tmp if that path is too long for a socket or not ASCII.
+
+        Ray's workers can open no other path.
+        """
         inside = self.folder / "ray"
-        if len(str(inside)) <= LONGEST_SOCKET_FOLDER:
+        if str(inside).isascii() and len(str(inside)) <= LONGEST_SOCKET_FOLDER:
             return _private_folder(inside)
-        name = f"vit-{os.getuid()}-{hashlib.sha256(str(self.folder).encode()).hexdigest()[:10]}"
+        name = f"vit-{os.getuid()}-{hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:10]}"
         # Ray opens its folder to everybody; this one above stays shut.
         return _private_folder(_private_folder(Path(tempfile.gettempdir()) / name) / "ray")
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pipelines import store
+from pipelines.config import RecipeError
 from pipelines.corpus.errors import CorpusError
 from pipelines.progress import say
 
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str], prepare: Callable[[], None]) -> int:
             prepare()
             _versions(name)
         case _:
-            raise CorpusError(f"usage: {USAGE}; LIST is a file with a key or a relative path a line")
+            raise RecipeError(f"usage: {USAGE}; LIST is a file with a key or a relative path a line")
     return 0
 
 

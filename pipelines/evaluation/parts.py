@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from pipelines.identity import Attempt
 
-__all__ = ["PART_ROWS", "Parts", "check_destination", "row_schema"]
+__all__ = ["PART_ROWS", "Parts", "claim_destination", "row_schema"]
 
 PART_ROWS = 100_000  # Decides where parts are cut: change it only with the VERSION of `predict`.
 MARKER = "_predict.json"  # Readers of Parquet folders pass over names with an underscore.
@@ -95,6 +95,7 @@ class Parts:
     def publish(self, destination: str) -> str:
         """Copy the parts to where the user wants them; the marker says whose they are and whether all are there."""
         self._attempt.check()
+        claim_destination(destination, self._attempt.digest)  # Another run may have come in between.
         marker = {"digest": self._attempt.digest, "rows": self.num_rows, "parts": len(self.uris)}
         store.write_json(store.join(destination, MARKER), {**marker, "is_complete": False})
         for uri in self.uris:
@@ -103,14 +104,22 @@ class Parts:
         return destination
 
 
-def check_destination(destination: str, digest: str) -> None:
-    """Predictions of two runs never mix in one folder."""
+def claim_destination(destination: str, digest: str) -> None:
+    """Mark an empty folder as this run's own, so that predictions of two runs never mix in it.
+
+    The mark of a run that has put nothing there gives way. Raises ValueError, StoreError.
+    """
     found = [info.uri for info in store.list_objects(destination)]
-    if not found:
-        return
     marker = store.join(destination, MARKER)
-    if marker not in found or store.read_json(marker)["digest"] != digest:
+    try:
+        owner = store.read_json(marker)["digest"]
+    except store.NotFound:
+        owner = None
+    if owner == digest:
+        return
+    if found and (owner is None or len(found) > 1):
         raise ValueError(
             f"destination {destination} holds {len(found):,} files of something else, such as {found[0]}; "
             "choose an empty folder or delete them"
         )
+    store.write_json(marker, {"digest": digest, "is_complete": False})

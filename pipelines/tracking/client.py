@@ -71,6 +71,10 @@ def is_passing(error: BaseException) -> bool:
 
 def unreachable(error: BaseException) -> TrackingError:
     """What a user reads when MLflow does not answer."""
+    if "500" in str(error) and (
+        lack := store.lack_of_space()
+    ):  # The server answers, but what it hands on to the store fails.
+        return TrackingError(f"MLflow at {tracking_uri()} cannot store what it is given: {first_line(error)}{lack}")
     return TrackingError(
         f"MLflow at {tracking_uri()} does not answer: {first_line(error)}; `vit status` shows the embedded server and "
         "`vit up` restarts it; with your own server, check MLFLOW_TRACKING_URI"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +13,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["confusion_figure", "plain", "predictions_figure", "reliability_figure"]
+__all__ = ["boxes_for_unknown_letters", "confusion_figure", "plain", "predictions_figure", "reliability_figure"]
 
 MOST_NAMED = 40  # Classes with their names on the axes.
 MOST_DRAWN = 1000  # Classes drawn at all.
@@ -21,6 +23,14 @@ def plain(text: str, width: int = 24) -> str:
     """Text that matplotlib draws as it stands: no mathtext, no control characters, not longer than a label."""
     shown = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
     return shown if len(shown) <= width else f"{shown[: width - 3]}..."
+
+
+@contextmanager
+def boxes_for_unknown_letters() -> Iterator[None]:
+    """Around saving a figure: a letter that the font lacks is drawn as a box, without a warning for each."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
 
 
 def confusion_figure(

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipelines import identity
+from pipelines.config import RecipeError
 from pipelines.progress import say
 from pipelines.tracking.client import TrackingError, connect, first_line, is_passing, tracking_uri, unreachable
 from pipelines.tracking.package import WEIGHTS, build_package, check_safetensors, sha256_of
@@ -81,9 +82,9 @@ def is_version(reference: str) -> bool:
 
 
 def check_model_name(name: str) -> str:
-    """The name, or ValueError: it becomes part of `models:/NAME/VERSION` and of a lease's key."""
+    """The name, or RecipeError: it becomes part of `models:/NAME/VERSION` and of a lease's key."""
     if not _NAME.fullmatch(name):
-        raise ValueError(
+        raise RecipeError(
             f"model name {name!r}: letters, digits and _ . - and space only, at most 100, first a letter or a digit"
         )
     return name

@@ -81,7 +81,10 @@ class Run:
 
     def log_figure(self, figure: Any, name: str) -> None:
         """A matplotlib figure as figures/NAME.png."""
-        self._try(lambda: self.client.log_figure(self.id, figure, f"figures/{name}.png"), f"figure {name}")
+        from pipelines.tracking.figures import boxes_for_unknown_letters
+
+        with boxes_for_unknown_letters():
+            self._try(lambda: self.client.log_figure(self.id, figure, f"figures/{name}.png"), f"figure {name}")
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
         self._try(lambda: self.client.log_artifact(self.id, str(path), folder or None), f"artifact {path.name}")

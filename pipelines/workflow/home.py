@@ -39,10 +39,15 @@ IN_PROCESS_FILE = "in_process.yaml"
 def state_folder() -> Path:
     """VIT_STATE, or `.vit` here; closed to others, and never uploaded with a job's working folder."""
     folder = Path(os.environ.get("VIT_STATE") or ".vit").resolve()
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     ignore = folder / ".gitignore"
-    if not ignore.exists():
-        ignore.write_text("*\n")
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not ignore.exists():
+            ignore.write_text("*\n")
+    except OSError as error:
+        raise OSError(
+            f"state folder {folder} cannot be written ({error.strerror}); set VIT_STATE to a folder that can"
+        ) from error
     return folder
 
 

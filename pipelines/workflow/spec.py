@@ -12,8 +12,8 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any, Literal
 
-from pipelines.config import RecipeError, Strict, find_recipe, from_dict, load_recipe, packaged_recipes
-from pipelines.workflow.stages import STAGES, nearest, recipe_class
+from pipelines.config import RecipeError, Strict, find_recipe, from_dict, load_recipe, packaged_recipes, read_yaml
+from pipelines.workflow.stages import STAGES, check, nearest, recipe_class
 
 __all__ = ["Schedule", "Step", "Workflow", "find_workflow", "load_workflow", "merged", "packaged_workflows"]
 
@@ -136,13 +136,8 @@ def load_workflow(name_or_path: str | Path, values: StepValues | None = None) ->
 
     `values` adds to the steps' `set` entries before the recipes are checked: {step: {dotted field: value}}.
     """
-    import yaml
-
     path = find_workflow(name_or_path)
-    try:
-        given = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML: {error}") from None
+    given = read_yaml(path)
     if not isinstance(given, dict):
         raise RecipeError(f"{path}: a workflow is a mapping with the key `steps`, got {type(given).__name__}")
     given.setdefault("name", re.sub(r"\W", "_", path.stem))
@@ -189,7 +184,7 @@ def _recipe_problems(workflow: Workflow) -> Iterator[str]:
     stand_ins = {name: f"s3://output/of/{name}" for name in workflow.steps}
     for name in workflow.steps:
         try:
-            workflow.recipe(name, stand_ins)
+            check(workflow.steps[name].stage, workflow.recipe(name, stand_ins))
         except RecipeError as error:
             yield f"steps.{name}: " + "\n  ".join(str(error).splitlines())
 

@@ -12,7 +12,7 @@ from pipelines.config import RecipeError
 if TYPE_CHECKING:
     from pipelines.identity import StageResult
 
-__all__ = ["STAGES", "exit_code", "made_nothing", "nearest", "recipe_class", "stage_run"]
+__all__ = ["STAGES", "check", "exit_code", "made_nothing", "nearest", "recipe_class", "stage_run"]
 
 # Stage NAME is the module pipelines.NAME with `VERSION`, `run` and the class NameRecipe. In the order of the flow.
 STAGES: Mapping[str, str] = {
@@ -40,6 +40,14 @@ def stage_run(stage: str) -> Callable[[Any], StageResult]:
     _known(stage)
     run: Callable[[Any], StageResult] = import_module(f"pipelines.{stage}").run
     return run
+
+
+def check(stage: str, recipe: Any) -> None:
+    """What can be wrong with a recipe that is whole, before anything starts; most stages have nothing to say."""
+    _known(stage)
+    own: Callable[[Any], None] | None = getattr(import_module(f"pipelines.{stage}"), "check", None)
+    if own is not None:
+        own(recipe)
 
 
 def exit_code(stage: str, result: StageResult) -> int:

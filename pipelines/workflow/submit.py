@@ -118,11 +118,12 @@ def submit(planned: Plan, recipe: Any, *, folder: Path | None, again: bool = Fal
     name = f"{prefix}{number}"
     recipe_uri = store.join(planned.place, "submissions", f"{name}.yaml")
     store.write(recipe_uri, to_yaml(recipe).encode())
-    runtime_env: dict[str, Any] = {}
+    # Where results belong is said by whoever submits: the nodes may have another VIT_ROOT. It is no secret.
+    runtime_env: dict[str, Any] = {"env_vars": {"VIT_ROOT": store.root()}}
     if folder is not None:
-        runtime_env = {"working_dir": str(folder), "excludes": list(EXCLUDES)}
+        runtime_env |= {"working_dir": str(folder), "excludes": list(EXCLUDES)}
     if token := AGAIN_OF.get():
-        runtime_env["env_vars"] = {TOKEN_VARIABLE: token}
+        runtime_env["env_vars"][TOKEN_VARIABLE] = token
     try:
         jobs.submit_job(
             entrypoint=entrypoint([planned.stage, recipe_uri, *(["--again"] if again else [])]),

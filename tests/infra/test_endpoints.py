@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -103,6 +104,53 @@ def test_a_copied_environment_follows_the_stack_when_it_moves(tmp_path: Path, mo
     state.save(record.with_part("store", PartRecord({**former.ports, "s3": 29999}, former.processes)))
     assert endpoints.ensure(start=False).s3_endpoint == "http://127.0.0.1:29999" != found.s3_endpoint
     assert os.environ["AWS_ENDPOINT_URL"] == "http://127.0.0.1:29999"
+
+
+def test_a_root_of_ones_own_beside_the_stacks_environment_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = recorded(tmp_path / ".vit")
+    monkeypatch.setattr(os, "environ", Environment(os.environ))
+    found = endpoints.ensure(start=False)  # As `eval "$(vit env)"` leaves a shell.
+    os.environ["VIT_ROOT"] = "s3://vit/mine"
+    for again in (endpoints.ensure(start=False), endpoints.current()):
+        assert again is not None and again.root == "s3://vit/mine"
+        assert again.s3_endpoint == found.s3_endpoint
+    assert os.environ["VIT_ROOT"] == "s3://vit/mine"
+    stored = state.endpoints()
+    assert stored and stored.root == "s3://vit"  # MLflow keeps its artifacts where they were.
+
+
+@pytest.mark.parametrize("given", ["https://mlflow.example", "sqlite:///mine.db", "./mlruns"])
+def test_a_server_that_the_embedded_stack_replaces_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    recorded(tmp_path / ".vit")
+    monkeypatch.setattr(os, "environ", Environment(os.environ))
+    os.environ["MLFLOW_TRACKING_URI"] = given
+    said: list[str] = []
+    endpoints.ensure(start=False, say=said.append)
+    assert len(said) == 1 and f"MLFLOW_TRACKING_URI={given} is not used" in said[0]
+    assert "VIT_ROOT" in said[0]
+    endpoints.ensure(start=False, say=said.append)
+    assert len(said) == 1  # Its own address is no news.
+
+
+def test_a_disk_that_is_nearly_full_is_said_before_the_store_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded(tmp_path / ".vit")
+    monkeypatch.setattr(os, "environ", Environment(os.environ))
+    disk = shutil.disk_usage(tmp_path)
+    said: list[str] = []
+    for free, total, says in ((3 << 30, 100 << 30, 0), (1 << 29, 10 << 30, 1), (15 << 30, 1000 << 30, 2)):
+        full = disk._replace(free=free, total=total)
+        monkeypatch.setattr("shutil.disk_usage", lambda path, full=full: full)
+        endpoints.ensure(start=False, say=said.append)
+        assert len(said) == says, said
+    assert all("refuses writes: free some there" in line for line in said)
+    monkeypatch.delitem(os.environ, "VIT_STATE")  # Somebody else's store: its disk is not this one.
+    assert endpoints.lack_of_space() is None
 
 
 def test_a_process_of_the_stack_itself_takes_its_environment_as_it_is(

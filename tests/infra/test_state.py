@@ -119,12 +119,12 @@ def test_a_stack_of_another_machine_is_neither_started_nor_stopped(tmp_path: Pat
     assert not state.record().is_up
 
 
-def test_rays_folder_is_short_enough_for_the_kernel_and_shut(tmp_path: Path) -> None:
-    deep = tmp_path / ("d" * 60) / ("e" * 60) / ".vit"
-    state = made(deep)
+@pytest.mark.parametrize("name", [f"{'d' * 60}/{'e' * 60}", "été"], ids=["long", "not ASCII"])
+def test_rays_folder_is_one_that_ray_can_open_and_shut(tmp_path: Path, name: str) -> None:
+    state = made(tmp_path / name / ".vit")
     folder = state.ray_folder()
     try:
-        assert len(str(folder)) <= LONGEST_SOCKET_FOLDER
+        assert len(str(folder)) <= LONGEST_SOCKET_FOLDER and str(folder).isascii()
         assert folder == state.ray_folder()  # The same at each start.
         assert stat.S_IMODE(folder.parent.stat().st_mode) == 0o700
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import pytest
 import yaml
 
 from pipelines import store
-from pipelines.cli import _report
 from pipelines.config import find_recipe
 from pipelines.identity import find_result
+from pipelines.messages import report
 from pipelines.why import main as why
+from pipelines.workflow.home import state_folder
 from pipelines.workflow.runner import NotRun, StepFailed
 from tests.integration.conftest import run
 
@@ -58,6 +60,7 @@ def test_predictions_are_a_table_with_a_row_for_every_image(first: dict[str, Any
 
 @pytest.mark.parametrize("flags", [(), ("--plain",)], ids=["dagster", "plain"])
 def test_the_second_run_reuses_every_stage(first: dict[str, Any], images: Path, flags: tuple[str, ...]) -> None:
+    shutil.rmtree(state_folder() / "dagster", ignore_errors=True)  # What is kept here decides nothing.
     second = run(images, *flags)
     assert all(outcome.result.reused for outcome in second.values()), {
         name: outcome.result.reused for name, outcome in second.items()
@@ -84,7 +87,7 @@ def test_a_refused_promotion_ends_cleanly_with_predict_not_run(
         with pytest.raises(StepFailed) as caught:
             run(images, promote={"minimum": 0.999, "alias": "flawless"})
         assert isinstance(caught.value.__cause__, NotRun)
-        assert _report(caught.value, debug=False) == 3
+        assert report(caught.value, debug=False) == 3
         told = capsys.readouterr()
         assert "below the minimum 0.999" in told.out
         assert "step predict was not run: nothing was promoted" in told.err

@@ -44,6 +44,14 @@ def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
         (["schedule"], "vit schedule needs"),
         (["schedule", "stat"], "did you mean"),
         (["demo", "--corpse", "x"], "did you mean '--corpus'?"),
+        (["corpus"], "vit corpus exclude CORPUS LIST"),
+        (["run", "workflows/demo", "--pretrain.train.batchsize", "4"], "did you mean 'batch_size'?"),
+        (["why", "workflows/demo", "--pretrain.train.batchsize", "4"], "did you mean 'batch_size'?"),
+        (["pretrain", "smoke/pretrain", "--plain"], "--plain has no effect on `vit pretrain`"),
+        (["run", "workflows/demo", "--finetune.model.variant", "B/16"], "model has no effect with weights="),
+        (["finetune", "demo/finetune"], "weights=null trains from scratch and needs model"),
+        (["finetune", "demo/finetune_scratch", "--register-as", "a/b"], "model name 'a/b'"),
+        (["down", "--again"], "--again has no effect on `vit down`"),
     ],
 )
 def test_a_wrong_command_exits_2_and_starts_nothing(
@@ -127,6 +135,7 @@ def test_help_of_a_recipe_shows_its_fields(
     ("trouble", "code", "said", "traceback"),
     [
         ("value", 1, "the kettle is cold; heat it first", False),
+        ("full", 1, "No space left on device: 'cup'; free some and run the same command again", False),
         ("bug", 1, "TypeError: not a cup", True),
         ("interrupt", 130, "the same command resumes: vit brew", False),
     ],

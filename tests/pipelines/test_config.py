@@ -18,6 +18,7 @@ from pipelines.config import (
     how,
     load_recipe,
     parse,
+    read_yaml,
     to_dict,
     to_yaml,
 )
@@ -88,6 +89,7 @@ def test_a_flag_takes_null_as_a_recipe_does(tmp_path: Path, flags: list[str]) ->
         ("corpus: a\noptimizer: {kind: lion}", "lion"),
         ("- 1", "a recipe is a mapping"),
         ("corpus: [", "not valid YAML"),
+        ("corpus: a\ntrain:\n  steps: 1\n  steps: 2\n", "line 4: key 'steps' stands twice"),
     ],
 )
 def test_a_wrong_recipe_is_refused_with_the_remedy(tmp_path: Path, text: str, says: str) -> None:
@@ -130,3 +132,12 @@ def test_overrides_reach_into_the_recipe(tmp_path: Path) -> None:
 def test_an_unknown_recipe_names_the_way_to_list_them() -> None:
     with pytest.raises(RecipeError, match="vit recipes"):
         find_recipe("no/such/recipe")
+
+
+def test_a_file_that_is_no_text_or_cannot_be_read_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "picture.yaml"
+    path.write_bytes(b"\x89PNG\xff")
+    with pytest.raises(RecipeError, match=r"picture.yaml is not UTF-8 text \(byte 0\)"):
+        load_recipe(Recipe, path)
+    with pytest.raises(RecipeError, match=r"cannot read .*: Is a directory"):
+        read_yaml(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -76,3 +77,7 @@ def test_without_fashion_mnist_the_gate_asks_for_less_and_with_own_images_for_mo
     assert values["promote"] == {"minimum": 0.25}
     assert values["finetune"] == {"register_as": "my-pets"} and values["shard_digits"]["destination"] == "my-pets"
     load_workflow("demo", values)  # Every name and value fits the recipes.
+    (tmp_path / "My Pets").rename(tmp_path / "кошки")
+    named = sample_values(tmp_path / "кошки")[0]
+    assert re.fullmatch("own-[0-9a-f]{8}", named["finetune"]["register_as"])
+    load_workflow("demo", named)

@@ -14,6 +14,7 @@ import pytest
 from pipelines import identity, predict, store
 from pipelines.config import RecipeError, from_dict, load_recipe
 from pipelines.evaluation import parts
+from pipelines.evaluation.parts import claim_destination
 from pipelines.identity import StageResult
 from pipelines.predict import PredictRecipe
 from pipelines.tracking.client import TrackingError, connect
@@ -134,6 +135,32 @@ def test_a_destination_is_filled_once_and_never_mixed(place: Path) -> None:
     (folder / "new.png").write_bytes(grey(5))
     with pytest.raises(ValueError, match="holds 2 files of something else"):
         predict.run(recipe)
+
+
+@pytest.mark.parametrize("prefix", ["", "./"])
+def test_a_destination_is_claimed_before_the_work_and_kept_by_who_fills_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    claim_destination(f"{prefix}out", "a")
+    claim_destination(f"{prefix}out", "b")  # a has put nothing there.
+    (tmp_path / "out" / "part-00000.parquet").write_text("")
+    claim_destination(f"{prefix}out", "b")
+    with pytest.raises(ValueError, match="holds 2 files of something else"):
+        claim_destination(f"{prefix}out", "a")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("")
+    with pytest.raises(ValueError, match=r"holds 1 files of something else, such as .*letter.txt"):
+        claim_destination(f"{prefix}mine", "a")
+    assert not (tmp_path / "mine" / "_predict.json").exists()
+
+
+def test_a_folder_without_images_and_no_folder_are_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "empty.png").mkdir()
+    with pytest.raises(ValueError, match=r"no image in .*empty.png; files ending in"):
+        predict.list_folder(str(tmp_path / "empty.png"))
+    with pytest.raises(ValueError, match=r"there is no .*/nothing; a bucket is written"):
+        predict.list_folder(str(tmp_path / "nothing"))
 
 
 @pytest.mark.stack

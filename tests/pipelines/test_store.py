@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -119,3 +122,41 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="file"):
         store.write(str(tmp_path / "file" / "below"), b"")
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(errno.ENOSPC, "no space left on the disk of .*; free some"), (errno.EROFS, "Read-only")]
+)
+@pytest.mark.parametrize("step", ["mkdir", "open", "write_bytes"])
+def test_a_full_or_read_only_disk_is_said_wherever_it_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, number: int, said: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, step, fail)
+    with pytest.raises(StoreError, match=said):
+        store.write(str(tmp_path / "a"), b"x", if_absent=True)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("free", [10 << 20, 1 << 40])
+def test_a_store_that_fails_on_a_full_disk_is_told_apart_from_one_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int
+) -> None:
+    """A full SeaweedFS says InternalError and no more."""
+    from botocore.exceptions import ClientError
+
+    class Full:
+        def put_object(self, **_: object) -> None:
+            raise ClientError({"Error": {"Code": "InternalError", "Message": "please try again"}}, "PutObject")
+
+    monkeypatch.setenv("VIT_STATE", str(tmp_path))
+    monkeypatch.setattr(store, "client", Full)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    disk = shutil.disk_usage(tmp_path)._replace(free=free, total=2 << 40)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: disk)
+    with pytest.raises(StoreError, match=r"cannot write s3://vit/a: .*InternalError") as caught:
+        store.write("s3://vit/a", b"x")
+    said = "free some there, and run the same command again" if free < 1 << 30 else "the store failed at each try"
+    assert said in str(caught.value)

@@ -26,8 +26,9 @@ HOSTILE = [
 def drawn(figure: object) -> bytes:
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")
-        figure.savefig(buffer, format="png")  # type: ignore[attr-defined]
+        warnings.simplefilter("error")
+        with figures.boxes_for_unknown_letters():
+            figure.savefig(buffer, format="png")  # type: ignore[attr-defined]
     return buffer.getvalue()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +52,8 @@ def run(recipe: BrewRecipe) -> StageResult:
             case "flaky":
                 if Path(recipe.notes).read_text().split().count(recipe.leaf) == 1:
                     raise store.StoreError("the store is away")
+            case "full":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "cup")
             case "bug":
                 raise TypeError("not a cup")
         uri = store.join(attempt.uri, "cup.txt")

@@ -10,6 +10,7 @@ import pytest
 from pipelines import store
 from pipelines.identity import Held, lease, runs
 from pipelines.workflow.again import again
+from pipelines.workflow.home import state_folder
 from pipelines.workflow.runner import NotRun, Outcome, StepFailed, run_plain
 from pipelines.workflow.spec import Workflow, load_workflow
 from tests.pipelines.workflow import brew
@@ -183,3 +184,10 @@ def test_plain_and_dagster_agree_on_every_digest(two_cups: Workflow) -> None:
     assert {name: done.result.digest for name, done in run_in_process(two_cups).items()} == {
         name: done.result.digest for name, done in plainly.items()
     }
+
+
+def test_a_state_folder_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("VIT_STATE", str(tmp_path / "file" / "state"))
+    with pytest.raises(OSError, match=r"state folder .*/file/state cannot be written .*; set VIT_STATE"):
+        state_folder()

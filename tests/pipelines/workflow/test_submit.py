@@ -127,8 +127,10 @@ def shard_recipe(photos: Path) -> ShardRecipe:
 
 @pytest.mark.stack
 @pytest.mark.timeout(600)
-@pytest.mark.usefixtures("stack")
-def test_a_second_submission_attaches_and_a_third_finds_the_result(shard_recipe: ShardRecipe) -> None:
+def test_a_second_submission_attaches_and_a_third_finds_the_result(
+    stack: Endpoints, shard_recipe: ShardRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIT_ROOT", f"{stack.root}/jobs")  # The nodes' own is another; the submitter's counts.
     planned = plan("shard", shard_recipe)
     first = submit(planned, shard_recipe, folder=ROOT)
     assert first == f"shard-{planned.digest[:12]}-a1"
