@@ -222,6 +222,27 @@ def test_a_hugging_face_folder_carries_classes_and_preprocessing(tmp_path):
     assert json.loads((tmp_path / "folder" / "config.json").read_text())["label2id"] == {"cat": 0, "dog": 1}
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"do_normalize": False},
+        {"do_rescale": False},
+        {"rescale_factor": 1 / 127.5},
+        {"do_center_crop": True, "crop_size": 20},
+        {"size": {"shortest_edge": 40}},
+    ],
+)
+def test_a_processor_that_a_spec_cannot_say_is_no_spec(changes, tmp_path):
+    from vit_model.checkpoints.read import read_weights
+
+    model = build_model(small(), 5)
+    save_weights(model, tmp_path / "hf", "huggingface", input_spec=InputSpec(height=32, width=32))
+    assert read_weights(tmp_path / "hf", {}).input_spec == InputSpec(height=32, width=32)
+    path = tmp_path / "hf" / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    assert read_weights(tmp_path / "hf", {}).input_spec is None
+
+
 def test_names_of_transformers_5_are_read_as_those_of_4(tmp_path):
     model = randomize(build_model(small(), 5))
     save_weights(model, tmp_path, "huggingface")
