@@ -80,6 +80,10 @@ def read_huggingface(
         raise CheckpointError(
             f"{folder}: a pooler and a classifier together; Hugging Face's classifier does not read the pooler"
         )
+    if head == "mlp" and values.get("pooler_act", "tanh") != "tanh":
+        raise CheckpointError(
+            f"{folder}: pooler_act {values['pooler_act']!r} is not 'tanh', the hidden layer of head='mlp'"
+        )
     action = values.get("hidden_act", "gelu")
     if action not in GELU:
         raise CheckpointError(f"{folder}: hidden_act {action!r} is not one of {sorted(GELU)}")

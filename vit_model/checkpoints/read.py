@@ -19,6 +19,7 @@ from vit_model.checkpoints.native import FORMAT, load_tensors, loaded_from, read
 from vit_model.checkpoints.timm import is_timm, read_timm
 from vit_model.config import ResNetConfig
 
+TIMM_POOLS = {"token": "token", "avg": "gap", "map": "map"}
 Format = Literal["native", "google", "timm", "huggingface"]
 
 
@@ -73,7 +74,7 @@ def read_folder(folder: Path, hints: Mapping[str, Any]) -> Loaded:
         raise CheckpointError(f"{path}: not JSON ({error})") from error
     arrays = load_folder(folder)
     if "architecture" in values:  # timm's
-        return read_timm(arrays, {**timm_hints(values), **hints})
+        return read_timm(arrays, {**timm_hints(folder, values, arrays), **hints})
     return read_huggingface(folder, arrays, values, hints)
 
 
@@ -94,9 +95,14 @@ def load_folder(folder: Path) -> dict[str, Tensor]:
     raise CheckpointError(f"{folder}: no model.safetensors and no pytorch_model.bin")
 
 
-def timm_hints(values: Mapping[str, Any]) -> dict[str, Any]:
+def timm_hints(folder: Path, values: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> dict[str, Any]:
     arguments = values.get("model_args", {})
     hints: dict[str, Any] = {}
+    pool = values.get("global_pool", "")
+    if pool and "patch_embed.proj.weight" in arrays:  # arrays alone do not tell the mean beside a class token
+        if pool not in TIMM_POOLS:
+            raise CheckpointError(f"{folder}: global_pool {pool!r} is not one of {sorted(TIMM_POOLS)}")
+        hints["pool"] = TIMM_POOLS[pool]
     if "num_heads" in arguments:
         hints["num_heads"] = arguments["num_heads"]
     if "gelu_tanh" in str(arguments.get("act_layer", "")):
