@@ -146,13 +146,16 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_memory(forward: Forward, model: nn.Module, x: Tensor, y: Tensor) -> int:
-    """CUDA: the peak of a training step; CPU: what it keeps for the backward pass."""
+    """CUDA: the peak of an eager training step above the weights; CPU: what it keeps for the backward pass."""
     model.train()
     if x.device.type == "cuda":
+        train_step(forward, x, y)  # the libraries take their workspaces in the first step, whoever comes first
+        model.zero_grad(set_to_none=True)
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()  # the weights of all contestants
         train_step(forward, x, y)
         model.zero_grad(set_to_none=True)
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated() - before
     kept = saved_bytes(lambda: forward(x), model)
     model.zero_grad(set_to_none=True)
     return kept

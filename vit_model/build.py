@@ -58,6 +58,10 @@ def replace_head(model: Model, num_classes: int, head: HeadKind = "linear", *, h
 
 
 def check_head(config: ModelConfig, num_classes: int, head: HeadKind) -> None:
+    if head not in ("linear", "mlp", "distilled"):
+        raise ValueError(f"head={head!r} is not one of 'linear', 'mlp', 'distilled'")
+    if type(num_classes) is not int or num_classes < 0:
+        raise ValueError(f"num_classes={num_classes!r} is no number of classes; 0 builds a model without a head")
     if head != "distilled":
         return
     if config.kind == "resnet" or config.pool != "token" or not config.num_registers:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
+GROUPS = 32  # of every GroupNorm; channels below 32 are groups of their own
 Resolution = int | tuple[int, int]
 HeadKind = Literal["linear", "mlp", "distilled"]
 
@@ -52,6 +55,8 @@ class ViTConfig:
     stem_numerics: Literal["google", "timm"] = "google"  # eps of GroupNorm and of weight standardisation
 
     def __post_init__(self) -> None:
+        check_choices(self)
+        check_resolution(self.resolution)
         check_positive(self, "patch_size", "channels", "width", "depth", "mlp_dim", "num_heads", "stem_width")
         check_fraction(self, "dropout", "attention_dropout", "drop_path", "patch_dropout")
         if self.width % self.num_heads:
@@ -72,8 +77,17 @@ class ViTConfig:
             raise ValueError(
                 "position_prefix=False has no effect without prefix tokens and a learned position embedding"
             )
-        if self.layer_norm_eps <= 0:
-            raise ValueError(f"layer_norm_eps={self.layer_norm_eps} is not positive")
+        check_above_zero(self, "layer_norm_eps")
+        if self.layer_scale is not None and not math.isfinite(self.layer_scale):
+            raise ValueError(f"layer_scale={self.layer_scale} is not finite")
+        if self.stem is not None:
+            check_stages("stem", self.stem)
+            widths = [self.stem_width << i for i in range(len(self.stem) + 2)]
+            if odd := [width for width in widths if width > GROUPS and width % GROUPS]:
+                raise ValueError(
+                    f"stem_width={self.stem_width} makes {odd[0]} channels, which {GROUPS} groups do not divide;"
+                    f" take a power of two or a multiple of {GROUPS}"
+                )
         self.grid_of(*self.size)
 
     @property
@@ -142,11 +156,13 @@ class ResNetConfig:
     root_pool: Literal["zero", "infinity"] = "zero"  # what the root max-pool pads with: BiT zeros, big_vision -inf
 
     def __post_init__(self) -> None:
+        check_choices(self)
+        check_resolution(self.resolution)
         check_positive(self, "channels", "width_factor")
-        if not self.units or min(self.units) < 1:
-            raise ValueError(f"units={self.units} needs at least one unit in every stage")
-        if min(self.size) < 1:
-            raise ValueError(f"resolution={self.resolution} is not positive")
+        check_above_zero(self, "group_norm_eps", "standardize_eps")
+        check_stages("units", self.units)
+        if not self.units:
+            raise ValueError("units=() is a ResNet without stages; give the units of at least one")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -183,9 +199,46 @@ def config_from_dict(values: Mapping[str, Any]) -> ModelConfig:
     return kinds[kind](**plain)
 
 
+@functools.cache
+def choices_of(kind: type) -> dict[str, tuple[Any, ...]]:
+    """The fields of a dataclass that take one of a few values, and these."""
+    plain: dict[Any, tuple[Any, ...]] = {bool: (True, False), bool | None: (True, False, None)}
+    found = {
+        name: get_args(hint) if get_origin(hint) is Literal else plain.get(hint)
+        for name, hint in get_type_hints(kind).items()
+    }
+    return {name: choices for name, choices in found.items() if choices}
+
+
+def check_choices(values: object) -> None:
+    """A misspelt word must not pass for the other one: what is not "tanh" would be the exact GELU."""
+    kind: Any = type(values)
+    for name, choices in choices_of(kind).items():
+        if (value := getattr(values, name)) not in choices:
+            raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
+
+
+def check_resolution(resolution: object) -> None:
+    sides = (resolution, resolution) if isinstance(resolution, int) else resolution
+    whole = isinstance(sides, tuple) and len(sides) == 2 and all(type(side) is int and side > 0 for side in sides)
+    if not whole:
+        raise ValueError(f"resolution={resolution!r} is neither a positive whole number of px nor (height, width)")
+
+
+def check_stages(name: str, units: object) -> None:
+    if not isinstance(units, tuple) or not all(type(count) is int and count > 0 for count in units):
+        raise ValueError(f"{name}={units!r} is not a tuple of whole numbers with at least one unit in every stage")
+
+
 def check_positive(config: ModelConfig, *names: str) -> None:
     for name in names:
-        if getattr(config, name) < 1:
+        if type(value := getattr(config, name)) is not int or value < 1:
+            raise ValueError(f"{name}={value!r} is not a positive whole number")
+
+
+def check_above_zero(config: ModelConfig, *names: str) -> None:
+    for name in names:
+        if not 0 < getattr(config, name) < math.inf:
             raise ValueError(f"{name}={getattr(config, name)} is not positive")
 
 

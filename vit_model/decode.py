@@ -6,8 +6,9 @@ EXIF        the orientation is applied
 animation   the first frame
 alpha       laid over white (a palette or grey with transparency too)
 16 bit grey scaled by 255/65535 and rounded; 16 bit RGB keeps the high byte (Pillow reads it so)
-CMYK, YCCK, LAB, palette, bilevel      converted to RGB or grey; grey of RGB is Pillow's L (ITU-R 601)
+CMYK, YCCK, palette, bilevel           converted to RGB or grey; grey of RGB is Pillow's L (ITU-R 601)
 float and 32 bit integer pixels        refused: they have no fixed range
+LAB         refused: its colours depend on an illuminant that files seldom tell
 truncated   refused
 """
 
@@ -87,6 +88,8 @@ def decode_pixels(data: bytes, channels: int, max_pixels: int) -> NDArray[np.uin
         raise ImageError("undecodable", f"image header cannot be read: {error}") from error
     if size[0] * size[1] > max_pixels:
         raise ImageError("too_many_pixels", f"image is {size[0]}x{size[1]} px; the limit is {max_pixels} pixels")
+    if mode == "LAB":
+        raise ImageError("unsupported_mode", "pixels of mode 'LAB' have no agreed colours; convert to RGB")
     if mode in ("F", "I"):
         raise ImageError("unsupported_mode", f"pixels of mode {mode!r} have no fixed range; convert to 8 or 16 bit")
     try:
@@ -99,11 +102,12 @@ def decode_pixels(data: bytes, channels: int, max_pixels: int) -> NDArray[np.uin
                 pixels = np.array(Image.fromarray(pixels).convert("L"))
         else:
             pixels = np.array(flatten_modes(image, channels))
+            orientation = image.getexif().get(0x0112, 1)  # asked again: of a TIFF, Pillow applies it as it loads
     except Image.DecompressionBombError as error:
         raise ImageError("too_many_pixels", str(error)) from error
     except faults as error:
         raise ImageError("undecodable", f"{kind} image cannot be decoded: {error}") from error
-    return np.ascontiguousarray(upright(pixels.reshape(size[1], size[0], channels), orientation))
+    return np.ascontiguousarray(upright(pixels.reshape(*pixels.shape[:2], channels), orientation))
 
 
 def flatten_modes(image: Image.Image, channels: int) -> Image.Image:

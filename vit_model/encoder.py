@@ -22,17 +22,17 @@ class Attention(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
+        self.head_dim = config.width // config.num_heads  # said and not -1: views of an empty batch need it
         self.dropout = config.attention_dropout
         self.qkv = Linear(config.width, 3 * config.width, bias=config.qkv_bias)
-        head_dim = config.width // config.num_heads
-        self.q_norm = nn.LayerNorm(head_dim, eps=config.layer_norm_eps) if config.qk_norm else None
-        self.k_norm = nn.LayerNorm(head_dim, eps=config.layer_norm_eps) if config.qk_norm else None
+        self.q_norm = nn.LayerNorm(self.head_dim, eps=config.layer_norm_eps) if config.qk_norm else None
+        self.k_norm = nn.LayerNorm(self.head_dim, eps=config.layer_norm_eps) if config.qk_norm else None
         self.out = Linear(config.width, config.width)
 
     def forward(self, x: Float[Tensor, "B N D"], packing: Packing | None = None) -> Float[Tensor, "B N D"]:
         B, N, D = x.shape
         # unbind(2), not permute and unbind(0): the gradients then stack into qkv's own layout without a copy.
-        q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, -1).unbind(2)  # each (B, N, A, D/A)
+        q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, self.head_dim).unbind(2)  # each (B, N, A, D/A)
         if packing is None:
             x = self.out(self.attend(q, k, v).reshape(B, N, D))
             return x
@@ -40,7 +40,9 @@ class Attention(nn.Module):
         start = 0
         for length, count in packing:  # images of one length are one dense batch: no mask, no padding
             stop = start + length * count
-            q_part, k_part, v_part = (y[:, start:stop].view(count, length, self.num_heads, -1) for y in (q, k, v))
+            q_part, k_part, v_part = (
+                y[:, start:stop].view(count, length, self.num_heads, self.head_dim) for y in (q, k, v)
+            )
             parts.append(self.attend(q_part, k_part, v_part).reshape(1, length * count, D))
             start = stop
         x = self.out(torch.cat(parts, dim=1))
@@ -59,23 +61,24 @@ class Attention(nn.Module):
         B, N, D = x.shape
         q_weight, kv_weight = torch.split(self.qkv.weight, [D, 2 * D])
         q_bias, kv_bias = (None, None) if self.qkv.bias is None else torch.split(self.qkv.bias, [D, 2 * D])
-        q = F.linear(x[:, :1], q_weight, q_bias).view(B, 1, self.num_heads, -1)
+        q = F.linear(x[:, :1], q_weight, q_bias).view(B, 1, self.num_heads, self.head_dim)
         if self.q_norm is None and not (self.dropout and self.training) and keeps_precision(x):
             x = self.out(attend_without_keys(q, x, kv_weight, kv_bias))
             return x
-        k, v = linear(x, kv_weight, kv_bias).view(B, N, 2, self.num_heads, -1).unbind(2)
+        k, v = linear(x, kv_weight, kv_bias).view(B, N, 2, self.num_heads, self.head_dim).unbind(2)
         x = self.out(self.attend(q, k, v).reshape(B, 1, D))
         return x
 
     def explicit(self, x: Float[Tensor, "B N D"]) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B A N N"]]:
         """The same by equations 6-8 with the softmax in fp32, which also gives the probabilities; no dropout."""
         B, N, D = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, -1).unbind(2)
+        q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, self.head_dim).unbind(2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, A, N, D/A)
-        scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2)
-        probabilities = scores.softmax(dim=-1)
+        with torch.autocast(x.device.type, enabled=False):  # which would round the scores to half precision
+            scores = (q.float() * self.head_dim**-0.5) @ k.float().transpose(-1, -2)
+            probabilities = scores.softmax(dim=-1)
         x = (probabilities.to(v.dtype) @ v).transpose(1, 2).reshape(B, N, D)
         return self.out(x), probabilities
 
@@ -93,7 +96,7 @@ def attend_without_keys(
     folded = (q[:, 0].transpose(0, 1) * head_dim**-0.5) @ k_weight  # (A, B, D)
     probabilities = (folded.transpose(0, 1) @ x.transpose(1, 2)).softmax(dim=-1)  # (B, A, N)
     seen = (probabilities @ x).transpose(0, 1)  # (A, B, D)
-    values: Tensor = (seen @ v_weight.transpose(1, 2)).transpose(0, 1).reshape(x.shape[0], 1, -1)
+    values: Tensor = (seen @ v_weight.transpose(1, 2)).transpose(0, 1).reshape(x.shape[0], 1, heads * head_dim)
     return values if kv_bias is None else values + kv_bias.chunk(2)[1]
 
 

@@ -21,10 +21,6 @@ class Head(nn.Module):
 
     def __init__(self, width: int, num_classes: int, kind: HeadKind = "linear") -> None:
         super().__init__()
-        if kind not in ("linear", "mlp", "distilled"):
-            raise ValueError(f"head={kind!r} is not one of 'linear', 'mlp', 'distilled'")
-        if num_classes < 0:
-            raise ValueError(f"num_classes={num_classes} is negative; 0 builds a model without a head")
         self.kind = kind
         self.num_classes = num_classes
         self.hidden = nn.Linear(width, width) if kind == "mlp" else None
@@ -50,6 +46,7 @@ class AttentionPool(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
+        self.head_dim = config.width // config.num_heads
         self.probe = nn.Parameter(torch.empty(1, 1, config.width))
         self.query = Linear(config.width, config.width)
         self.key_value = Linear(config.width, 2 * config.width)
@@ -59,11 +56,13 @@ class AttentionPool(nn.Module):
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B D"]:
         B, N, D = x.shape
-        q = self.query(self.probe).view(1, 1, self.num_heads, -1)
+        q = self.query(self.probe).view(1, 1, self.num_heads, self.head_dim)
         if keeps_precision(x):
             x = attend_without_keys(q, x, self.key_value.weight, self.key_value.bias)
         else:
-            k, v = self.key_value(x).view(B, N, 2, self.num_heads, -1).transpose(1, 3).unbind(2)  # (B, A, N, D/A) each
+            k, v = (
+                self.key_value(x).view(B, N, 2, self.num_heads, self.head_dim).transpose(1, 3).unbind(2)
+            )  # (B, A, N, D/A) each
             x = F.scaled_dot_product_attention(q.expand(B, -1, -1, -1).transpose(1, 2), k, v)  # (B, A, 1, D/A)
         x = self.out(x.reshape(B, D))
         x = x + self.mlp(self.norm(x))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -14,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vit_model.decode import ImageError, decode_image
+from vit_model.config import check_choices
+from vit_model.decode import MAX_PIXELS, ImageError, decode_image
 from vit_model.shapes import Float, UInt8
 
 __all__ = ["ImageError", "InputSpec", "OutputSpec", "decode_image", "load_image", "normalize", "resize_image"]
@@ -38,13 +40,16 @@ class InputSpec:
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for name in ("mean", "std"):
             if len(getattr(self, name)) != self.channels:
                 raise ValueError(f"{name} has {len(getattr(self, name))} values for {self.channels} channels")
+            if not all(math.isfinite(value) for value in getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)} has a value that is not finite")
         if self.channels not in (1, 3):
             raise ValueError(f"channels={self.channels} is not 1 (grey) or 3 (RGB)")
-        if min(self.height, self.width) < 1:
-            raise ValueError(f"size {self.height}x{self.width} is not positive")
+        if type(self.height) is not int or type(self.width) is not int or min(self.height, self.width) < 1:
+            raise ValueError(f"size {self.height}x{self.width} is not positive whole numbers of px")
         if min(self.std) <= 0:
             raise ValueError(f"std={self.std} has a value that is not positive")
         if self.resize == "square" and self.resize_to is not None:
@@ -71,6 +76,11 @@ class OutputSpec:
     version: Literal[1] = 1
     class_names: tuple[str, ...]
     activation: Literal["softmax", "sigmoid"] = "softmax"
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if not isinstance(self.class_names, tuple) or not all(isinstance(name, str) for name in self.class_names):
+            raise ValueError("class_names is not a tuple of strings, one per class")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -100,7 +110,11 @@ def resize_image(image: UInt8[Tensor, "C h w"], spec: InputSpec) -> UInt8[Tensor
     shorter = spec.resize_to or min(height, width)
     scale = shorter / min(height, width)
     # The longer side is rounded half up; never below the crop.
-    image = resize_pixels(image, max(int(height * scale + 0.5), shorter), max(int(width * scale + 0.5), shorter), spec)
+    size = max(int(height * scale + 0.5), shorter), max(int(width * scale + 0.5), shorter)
+    if size[0] * size[1] > MAX_PIXELS:  # a thread of 1x60000 px would become 12 GB
+        text = f"image of {height}x{width} px becomes {size[0]}x{size[1]} with its shorter side resized to {shorter}"
+        raise ImageError("too_many_pixels", f"{text}; the limit is {MAX_PIXELS} pixels")
+    image = resize_pixels(image, *size, spec)
     top, left = (image.shape[1] - spec.height) // 2, (image.shape[2] - spec.width) // 2
     return image[:, top : top + spec.height, left : left + spec.width].contiguous()
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vit_model.config import HeadKind, ResNetConfig
+from vit_model.config import GROUPS, HeadKind, ResNetConfig
 from vit_model.features import Features
 from vit_model.heads import Head
 from vit_model.shapes import Float, check_images
 from vit_model.std_conv import StdConv2d
-from vit_model.stem import GROUPS
 
 
 class PreActBottleneck(nn.Module):

@@ -29,7 +29,9 @@ __all__ = ["Bool", "Float", "Int", "UInt8", "check_images"]
 
 
 def check_images(images: Tensor, channels: int) -> None:
-    if images.ndim != 4 or images.shape[1] != channels:
+    if not isinstance(images, Tensor):
+        raise ValueError(f"images are a {type(images).__name__}; this model takes one tensor, all images of one size")
+    if images.ndim != 4 or images.shape[1] != channels or 0 in images.shape[2:]:
         shape = tuple(images.shape)
         raise ValueError(f"images have shape {shape}; this model takes (batch, {channels}, height, width)")
     if not images.dtype.is_floating_point:

@@ -6,11 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vit_model.config import ViTConfig
+from vit_model.config import GROUPS, ViTConfig
 from vit_model.shapes import Float
 from vit_model.std_conv import StdConv2d, pad_same
-
-GROUPS = 32
 
 
 class Bottleneck(nn.Module):

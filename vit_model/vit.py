@@ -60,6 +60,8 @@ class ViT(nn.Module):
         its Features have no tokens.
         """
         if not isinstance(images, Tensor):
+            if blocks or attention:
+                raise ValueError("a list of images gives no blocks and no attention; give one batch of equal sizes")
             return self.forward_packed(images)
         x = self.embed(images)
         if self.training and self.config.patch_dropout:
@@ -182,7 +184,9 @@ class ViT(nn.Module):
             x = self.run_block(block, x, packing, False)
         x = self.norm(x) if self.config.pool_norm == "before" else x
         groups = x.split([length * count for length, count in packing], dim=1)
-        images_of = [x.view(count, length, -1) for x, (length, count) in zip(groups, packing, strict=True)]
+        images_of = [
+            x.view(count, length, self.config.width) for x, (length, count) in zip(groups, packing, strict=True)
+        ]
         back = torch.tensor([i for group in order.values() for i in group], device=x.device).argsort()
         second = [y for x in images_of if (y := self.distillation(x)) is not None]
         pooled = torch.cat([self.pooled(x) for x in images_of])[back]

@@ -28,3 +28,15 @@ def randomize(model: Model) -> Model:
         noise = torch.randn(parameter.shape, generator=generator) * scale
         parameter.copy_(noise + (parameter.ndim == 1))
     return model.eval()
+
+
+def small(**changes: Any) -> ViTConfig:
+    return ViTConfig(
+        **{"resolution": 32, "patch_size": 8, "width": 32, "depth": 2, "mlp_dim": 48, "num_heads": 2, **changes}
+    )
+
+
+def assert_same(one: Model, other: Model) -> None:
+    assert one.state_dict().keys() == other.state_dict().keys()
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name

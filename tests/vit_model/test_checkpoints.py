@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.vit_model.reduced import randomize, reduced
+from tests.vit_model.reduced import assert_same, randomize, reduced, small
 from vit_model import (
     VARIANTS,
     CheckpointError,
@@ -34,12 +33,6 @@ SUFFIX = {
 }
 
 
-def small(**changes):
-    return ViTConfig(
-        **{"resolution": 32, "patch_size": 8, "width": 32, "depth": 2, "mlp_dim": 48, "num_heads": 2, **changes}
-    )
-
-
 def as_said_by(format, config):
     """The numerics that the format's readers assume."""
     if isinstance(config, ViTConfig):
@@ -50,12 +43,6 @@ def as_said_by(format, config):
     elif format == "timm":
         config = dataclasses.replace(config, standardize_eps=1e-8)
     return config
-
-
-def assert_same(one, other):
-    assert one.state_dict().keys() == other.state_dict().keys()
-    for name, tensor in one.state_dict().items():
-        assert torch.equal(tensor, other.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("format", ["native", "google", "timm"])
@@ -210,76 +197,6 @@ def test_specs_live_in_the_file_and_are_read_without_its_tensors(tmp_path):
         save_weights(build_model(small(), 3), path, output_spec=given[1])
     with pytest.raises(ValueError, match="no place for specs"):
         save_weights(build_model(small(), 2), path, "timm", input_spec=given[0])
-
-
-def test_a_hugging_face_folder_carries_classes_and_preprocessing(tmp_path):
-    spec, output = InputSpec(height=32, width=32, interpolation="bicubic"), OutputSpec(class_names=("cat", "dog"))
-    save_weights(build_model(small(), 2), tmp_path / "folder", "huggingface", input_spec=spec, output_spec=output)
-    from vit_model.checkpoints.read import read_weights
-
-    loaded = read_weights(tmp_path / "folder", {})
-    assert (loaded.input_spec, loaded.output_spec) == (spec, output)
-    assert json.loads((tmp_path / "folder" / "config.json").read_text())["label2id"] == {"cat": 0, "dog": 1}
-
-
-def test_names_of_transformers_5_are_read_as_those_of_4(tmp_path):
-    model = randomize(build_model(small(), 5))
-    save_weights(model, tmp_path, "huggingface")
-    renames = (
-        ("encoder.layer.", "layers."),
-        ("attention.attention.query", "attention.q_proj"),
-        ("attention.attention.key", "attention.k_proj"),
-        ("attention.attention.value", "attention.v_proj"),
-        ("attention.output.dense", "attention.o_proj"),
-        ("intermediate.dense", "mlp.fc1"),
-        ("output.dense", "mlp.fc2"),
-    )
-    arrays = {}
-    for name, tensor in load_file(tmp_path / "model.safetensors").items():
-        for old, new in renames:
-            name = name.replace(old, new)
-        arrays[name] = tensor
-    save_file(arrays, tmp_path / "model.safetensors")
-    assert_same(model, load_model(tmp_path))
-
-
-def test_a_sharded_folder_and_a_torch_file_are_read_too(tmp_path):
-    model = randomize(build_model(small(), 5))
-    save_weights(model, tmp_path, "huggingface")
-    arrays = load_file(tmp_path / "model.safetensors")
-    names = sorted(arrays)
-    (tmp_path / "model.safetensors").unlink()
-    torch.save(arrays, tmp_path / "pytorch_model.bin")
-    assert_same(model, load_model(tmp_path))
-    (tmp_path / "pytorch_model.bin").unlink()
-    parts = {"model-1.safetensors": names[:9], "model-2.safetensors": names[9:]}
-    for file, part in parts.items():
-        save_file({name: arrays[name] for name in part}, tmp_path / file)
-    weight_map = {name: file for file, part in parts.items() for name in part}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    assert_same(model, load_model(tmp_path))
-    weight_map[names[0]] = "../outside.safetensors"
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(CheckpointError, match="file names with a path"):
-        load_model(tmp_path)
-
-
-def test_relatives_of_timm_are_understood(tmp_path):
-    """DeiT III's gamma_1; DINOv2's register_tokens, of which only the class token has a position row."""
-    model = randomize(build_model(small(layer_scale=1e-5, num_registers=2, position_prefix=False), 5))
-    path = tmp_path / "weights.safetensors"
-    save_weights(model, path, "timm")
-    arrays = {}
-    for name, tensor in load_file(path).items():
-        name = name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2")
-        arrays["register_tokens" if name == "reg_token" else name] = tensor
-    row = torch.randn(1, 1, 32)
-    arrays["cls_token"] = arrays["cls_token"] - row
-    arrays["pos_embed"] = torch.cat([row, arrays["pos_embed"]], dim=1)
-    torch.save({"model": arrays}, tmp_path / "deit.pth")
-    loaded = load_model(tmp_path / "deit.pth", num_heads=2).eval()
-    x = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(loaded(x).logits, model(x).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_deits_distillation_token_and_second_head_are_read_and_written(tmp_path):

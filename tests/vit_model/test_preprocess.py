@@ -49,7 +49,7 @@ def test_grey_pictures_fill_three_channels_and_colour_is_reduced_by_luma():
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("format", ["PNG", "JPEG"])
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
 def test_exif_orientation_is_applied(orientation, format):
     from PIL import ImageOps
 
@@ -59,6 +59,15 @@ def test_exif_orientation_is_applied(orientation, format):
     data = encode(image, format, exif=exif)
     expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
     assert np.array_equal(pixels(data), expected)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+def test_a_rotated_tiff_is_turned_once(orientation, compression):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turned = encode(PHOTO, "TIFF", tiffinfo={0x0112: orientation}, compression=compression)
+    assert np.array_equal(pixels(turned), pixels(encode(PHOTO, exif=exif)))
 
 
 def test_alpha_lies_over_white():
@@ -108,6 +117,7 @@ def test_of_an_animation_the_first_frame_counts(format):
         (encode(PHOTO)[:-60], "undecodable"),
         (encode(PHOTO.astype(np.float32)[:, :, 0], "TIFF"), "unsupported_mode"),
         (encode(PHOTO.astype(np.int32)[:, :, 0], "TIFF"), "unsupported_mode"),
+        (encode(Image.merge("LAB", Image.fromarray(PHOTO).split()), "TIFF"), "unsupported_mode"),
     ],
 )
 def test_what_cannot_be_used_says_why_in_one_word(data, reason):
@@ -129,6 +139,14 @@ def test_limits_hold_before_a_pixel_is_decoded():
     with pytest.raises(ImageError) as caught:
         decode_image(bomb, 3)
     assert caught.value.reason == "too_many_pixels"
+
+
+def test_a_thread_of_pixels_is_not_blown_up():
+    spec = InputSpec(height=384, width=384, resize="shorter_side", resize_to=448)
+    with pytest.raises(ImageError, match="becomes 448x26880000") as caught:
+        load_image(encode(Image.new("RGB", (60_000, 1))), spec)
+    assert caught.value.reason == "too_many_pixels"
+    assert load_image(encode(Image.new("RGB", (200, 1))), spec).shape == (3, 384, 384)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -199,6 +217,7 @@ def test_normalising_maps_pixels_to_the_models_range(dtype):
         ({"std": (0.5, 0.0, 0.5)}, "not positive"),
         ({"resize": "shorter_side"}, "smaller than the 224x224 crop"),
         ({"resize_to": 256}, "no effect with resize='square'"),
+        ({"mean": (0.5, float("nan"), 0.5)}, "not finite"),
     ],
 )
 def test_a_spec_that_makes_no_sense_is_refused(changes, words):

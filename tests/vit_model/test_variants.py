@@ -228,11 +228,29 @@ def test_an_unknown_field_is_an_error_that_offers_the_near_one():
         ({"pool_norm": "after"}, "has no effect with pool='token'"),
         ({"stem_numerics": "timm"}, "has no effect without a stem"),
         ({"pool": "gap", "position_prefix": False}, "has no effect without prefix tokens"),
+        ({"kind": "resnet"}, "unknown fields"),
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps=nan is not positive"),
+        ({"stem": (3, 0)}, "at least one unit in every stage"),
+        ({"stem": (1,), "stem_width": 40}, "32 groups do not divide"),
     ],
 )
 def test_a_config_that_makes_no_sense_is_refused(changes, words):
     with pytest.raises(ValueError, match=words):
         variant("B/16", **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"group_norm_eps": 0.0}, "group_norm_eps=0.0 is not positive"),
+        ({"units": ()}, "without stages"),
+        ({"units": (3, 0)}, "at least one unit in every stage"),
+        ({"resolution": 0}, "neither a positive whole number of px nor"),
+    ],
+)
+def test_a_resnet_that_makes_no_sense_is_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        variant("R50x1", **changes)
 
 
 def test_unknown_fields_of_a_stored_config_are_an_error():

@@ -107,6 +107,32 @@ def test_packing_images_of_different_sizes_changes_nothing(options):
     assert packed.tokens is None
 
 
+def test_packed_images_give_no_blocks_and_say_so():
+    model = build_model(small(), 5)
+    for asked in ({"blocks": True}, {"attention": True}):
+        with pytest.raises(ValueError, match="gives no blocks and no attention"):
+            model([torch.randn(3, 32, 32)], **asked)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=ids)
+@pytest.mark.parametrize("tokens", [True, False])
+def test_a_batch_without_images_has_logits_without_rows(options, tokens):
+    config = small(**options)
+    model = build_model(config, 5)
+    for model.training in (True, False):
+        assert model(torch.randn(0, config.channels, *config.size), tokens=tokens).logits.shape == (0, 5)
+
+
+def test_explicit_attention_keeps_full_precision_under_autocast():
+    model = randomize(build_model(small(qk_norm=True), 5))
+    x = torch.randn(2, 3, 32, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        probabilities = model(x, attention=True).attention
+    for probability in probabilities:
+        assert probability.dtype == torch.float32
+        torch.testing.assert_close(probability.sum(dim=-1), torch.ones(2, 2, 17), rtol=0, atol=1e-6)
+
+
 def test_permuting_patches_with_their_position_rows_leaves_the_output():
     config = small()
     model = randomize(build_model(config, 5))
@@ -163,6 +189,7 @@ def test_the_head_bias_of_the_sigmoid_loss_is_set():
         ((2, 3, 32, 4), "not divisible into patches"),
         ((2, 1, 32, 32), r"this model takes \(batch, 3, height, width\)"),
         ((3, 32, 32), r"this model takes \(batch, 3, height, width\)"),
+        ((2, 3, 0, 32), r"this model takes \(batch, 3, height, width\)"),
     ],
 )
 def test_a_wrong_input_size_names_the_rule(shape, words):

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import dataclasses
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from vit_model.build import Model, build_empty, replace_head
 from vit_model.checkpoints.errors import CheckpointError
-from vit_model.checkpoints.match import fit
+from vit_model.checkpoints.match import fill, fit
 from vit_model.checkpoints.native import read_specs
 from vit_model.checkpoints.read import Format, read_weights
 from vit_model.checkpoints.write import write_weights
-from vit_model.config import HeadKind, Resolution
+from vit_model.config import HeadKind, ResNetConfig, Resolution, ViTConfig
 from vit_model.initialize import initialize
 from vit_model.position import Method
 from vit_model.preprocess import InputSpec, OutputSpec
@@ -40,14 +41,21 @@ def load_model(
     """
     if head is not None and num_classes is None:
         raise ValueError(f"head={head!r} has no effect without num_classes; give the number of classes of the new head")
+    check_overrides(overrides)
     # A file of arrays alone may tell only the number of its patches; the resolution asked for is then the best guess.
     told = {} if resolution is None else {"resolution": resolution}
     loaded = read_weights(Path(path), {**told, **overrides})
     changes = dict(overrides) if resolution is None else {**overrides, "resolution": resolution}
     config = override(loaded.config, changes)
-    model = build_empty(config, loaded.num_classes, loaded.head).to_empty(device="cpu")
+    accept = {*accept, *overrides, "grid"}
+    try:  # the shapes are compared before memory is taken for them
+        model = build_empty(config, loaded.num_classes, loaded.head)
+        tensors = fit(model, loaded, path, accept=accept, position_method=position_method)
+        model.to_empty(device="cpu")
+    except (MemoryError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: the model that it describes cannot be built: {error}") from error
     initialize(model)
-    fit(model, loaded, path, accept={*accept, *overrides, "grid"}, position_method=position_method)
+    fill(model, tensors)
     return model if num_classes is None else replace_head(model, num_classes, head or "linear")
 
 
@@ -66,8 +74,15 @@ def load_weights(
     overrides tell what a file does not, such as num_heads. Raises CheckpointError with every difference that is not
     accepted; the model is then unchanged.
     """
+    check_overrides(overrides)
     loaded = read_weights(Path(path), overrides)
-    fit(model, loaded, path, accept=accept, position_method=position_method)
+    fill(model, fit(model, loaded, path, accept=accept, position_method=position_method))
+
+
+def check_overrides(overrides: Mapping[str, Any]) -> None:
+    known = {field.name for kind in (ViTConfig, ResNetConfig) for field in dataclasses.fields(kind)}
+    if unknown := sorted(set(overrides) - known):
+        raise ValueError(f"unknown config fields {unknown}; known: {sorted(known)}")
 
 
 def save_weights(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from tokenize import TokenError  # numpy reads the header of an array as a Python literal
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vit_model.build import Model
-from vit_model.checkpoints.errors import CheckpointError
+from vit_model.checkpoints.errors import FAULTS, CheckpointError
 from vit_model.checkpoints.infer import Clues, resnet_clues, vit_config
 from vit_model.checkpoints.loaded import Loaded
 from vit_model.checkpoints.table import (
@@ -172,7 +174,7 @@ def load_npz(path: Path) -> dict[str, Tensor]:
             if others := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
                 raise ValueError(f"{others[0]} is not an array")
             return {name: to_tensor(array) for name, array in arrays.items()}
-    except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (*FAULTS, EOFError, SyntaxError, TokenError, zipfile.BadZipFile, zlib.error) as error:
         raise CheckpointError(f"{path}: not a plain .npz of arrays ({error})") from error
 
 

@@ -80,6 +80,10 @@ def read_huggingface(
         raise CheckpointError(
             f"{folder}: a pooler and a classifier together; Hugging Face's classifier does not read the pooler"
         )
+    if head == "mlp" and values.get("pooler_act", "tanh") != "tanh":
+        raise CheckpointError(
+            f"{folder}: pooler_act {values['pooler_act']!r} is not 'tanh', the hidden layer of head='mlp'"
+        )
     action = values.get("hidden_act", "gelu")
     if action not in GELU:
         raise CheckpointError(f"{folder}: hidden_act {action!r} is not one of {sorted(GELU)}")
@@ -108,8 +112,11 @@ def read_input_spec(folder: Path, config: ViTConfig) -> InputSpec | None:
     values = json.loads(path.read_text())
     size = values.get("size", config.size[0])
     height, width = (size["height"], size["width"]) if isinstance(size, dict) and "height" in size else (size, size)
-    if not isinstance(height, int) or values.get("resample", 2) not in RESAMPLE or not values.get("do_resize", True):
-        return None  # a processor with a crop of its own: its meaning is not in this file alone
+    steps = ("do_resize", "do_rescale", "do_normalize")
+    usual = all(values.get(step, True) for step in steps) and not values.get("do_center_crop", False)
+    usual = usual and abs(values.get("rescale_factor", 1 / 255) * 255 - 1) < 1e-6
+    if not usual or not isinstance(height, int) or values.get("resample", 2) not in RESAMPLE:
+        return None  # a processor that does more or less than an InputSpec can say
     return InputSpec(
         channels=config.channels,
         height=height,

@@ -112,7 +112,10 @@ def stem_units(tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:
 def count_indexed(tensors: Mapping[str, Tensor], prefix: str) -> int:
     """How many of prefix.0, prefix.1, ... there are."""
     pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-    return 1 + max((int(match[1]) for name in tensors if (match := pattern.match(name))), default=-1)
+    count = 1 + max((int(match[1]) for name in tensors if (match := pattern.match(name))), default=-1)
+    if count > len(tensors):
+        raise CheckpointError(f"an array is named after {prefix}.{count - 1}, and there are only {len(tensors)} arrays")
+    return count
 
 
 def guess_heads(width: int, depth: int, mlp_dim: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -28,8 +28,10 @@ FREE_FIELDS = {
 HEAD_PREFIX = "head."
 
 
-def fit(model: Model, loaded: Loaded, path: str | Path, *, accept: Collection[str], position_method: Method) -> None:
-    """Copy the tensors into the model, or raise CheckpointError with every difference; the model is then unchanged."""
+def fit(
+    model: Model, loaded: Loaded, path: str | Path, *, accept: Collection[str], position_method: Method
+) -> dict[str, Tensor]:
+    """The tensors for `fill`, in the model's shapes, or CheckpointError with every difference. It may be on meta."""
     check_accept(model, accept)
     state = model.state_dict()
     tensors = dict(loaded.tensors)
@@ -56,9 +58,14 @@ def fit(model: Model, loaded: Loaded, path: str | Path, *, accept: Collection[st
             problems.append(f"{name} has shape {tuple(tensors[name].shape)}; the model's is {tuple(state[name].shape)}")
     if problems:
         raise CheckpointError(f"{path} ({loaded.format}) does not fit the model:\n  " + "\n  ".join(problems))
-    with torch.no_grad():
-        for name in wanted & tensors.keys():
-            state[name].copy_(tensors[name])
+    return {name: tensors[name] for name in wanted & tensors.keys()}
+
+
+@torch.no_grad()
+def fill(model: Model, tensors: Mapping[str, Tensor]) -> None:
+    state = model.state_dict()
+    for name, tensor in tensors.items():
+        state[name].copy_(tensor)
 
 
 def check_accept(model: Model, accept: Collection[str]) -> None:

@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vit_model.checkpoints.errors import CheckpointError
+from vit_model.build import check_head
+from vit_model.checkpoints.errors import FAULTS, CheckpointError
 from vit_model.checkpoints.loaded import Loaded
 from vit_model.config import HeadKind, ModelConfig, config_from_dict, config_to_dict
 from vit_model.preprocess import InputSpec, OutputSpec
@@ -91,8 +92,12 @@ def loaded_from(path: Path, metadata: Mapping[str, str], tensors: dict[str, Tens
         head: dict[str, Any] = json.loads(metadata["head"])
         input_spec = InputSpec.from_json(metadata["input_spec"]) if "input_spec" in metadata else None
         output_spec = OutputSpec.from_json(metadata["output_spec"]) if "output_spec" in metadata else None
-        return Loaded("native", tensors, config, head["kind"], head["num_classes"], input_spec, output_spec)
-    except (KeyError, TypeError, ValueError) as error:
+        kind, num_classes = head["kind"], head["num_classes"]
+        check_head(config, num_classes, kind)
+        if output_spec is not None and len(output_spec.class_names) != num_classes:
+            raise ValueError(f"{len(output_spec.class_names)} class names for {num_classes} classes")
+        return Loaded("native", tensors, config, kind, num_classes, input_spec, output_spec)
+    except FAULTS as error:
         raise CheckpointError(f"{path}: its metadata does not describe a model: {error!r}") from error
 
 

@@ -11,13 +11,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vit_model.checkpoints.errors import CheckpointError
+from vit_model.checkpoints.errors import FAULTS, CheckpointError
 from vit_model.checkpoints.google import read_google
 from vit_model.checkpoints.huggingface import read_huggingface
 from vit_model.checkpoints.loaded import Loaded
 from vit_model.checkpoints.native import FORMAT, load_tensors, loaded_from, read_metadata
 from vit_model.checkpoints.timm import is_timm, read_timm
+from vit_model.config import ResNetConfig
 
+TIMM_POOLS = {"token": "token", "avg": "gap", "map": "map"}
 Format = Literal["native", "google", "timm", "huggingface"]
 
 
@@ -25,6 +27,29 @@ def read_weights(path: Path, hints: Mapping[str, Any]) -> Loaded:
     """hints are config fields that the file may not tell, such as num_heads."""
     if not path.exists():
         raise FileNotFoundError(f"no weights at {path}")
+    try:
+        loaded = read_known(path, hints)
+    except CheckpointError:
+        raise
+    except FAULTS as error:
+        raise CheckpointError(f"{path} cannot be read as a model: {type(error).__name__}: {error}") from error
+    check_plain(path, loaded)
+    return loaded
+
+
+def check_plain(path: Path, loaded: Loaded) -> None:
+    """Before anything is built: no more parts than the file has arrays, and nothing but floating point in these."""
+    config = loaded.config
+    parts = sum(config.units) if isinstance(config, ResNetConfig) else config.depth + sum(config.stem or ())
+    if parts > len(loaded.tensors):
+        raise CheckpointError(f"{path} tells of {parts} blocks and has {len(loaded.tensors)} arrays for them")
+    for name, tensor in loaded.tensors.items():
+        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
+            kind = "without numbers" if tensor.is_meta else f"{tensor.layout}, {tensor.dtype}"
+            raise CheckpointError(f"{path}: {name} is {kind}; only plain floating point is read: convert it first")
+
+
+def read_known(path: Path, hints: Mapping[str, Any]) -> Loaded:
     if path.is_dir():
         return read_folder(path, hints)
     if path.suffix == ".npz":
@@ -49,7 +74,7 @@ def read_folder(folder: Path, hints: Mapping[str, Any]) -> Loaded:
         raise CheckpointError(f"{path}: not JSON ({error})") from error
     arrays = load_folder(folder)
     if "architecture" in values:  # timm's
-        return read_timm(arrays, {**timm_hints(values), **hints})
+        return read_timm(arrays, {**timm_hints(folder, values, arrays), **hints})
     return read_huggingface(folder, arrays, values, hints)
 
 
@@ -57,8 +82,10 @@ def load_folder(folder: Path) -> dict[str, Tensor]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if bad := [name for name in names if Path(name).name != name]:
+        if bad := [name for name in names if Path(name).name != name or name in ("", "..")]:
             raise CheckpointError(f"{index}: file names with a path: {bad}")
+        if absent := [name for name in names if not (folder / name).is_file()]:
+            raise CheckpointError(f"{index} names files that are not there: {absent}; was the folder copied whole?")
         parts = [load_tensors(folder / name) for name in names]
         return {name: tensor for part in parts for name, tensor in part.items()}
     if (folder / "model.safetensors").exists():
@@ -68,9 +95,14 @@ def load_folder(folder: Path) -> dict[str, Tensor]:
     raise CheckpointError(f"{folder}: no model.safetensors and no pytorch_model.bin")
 
 
-def timm_hints(values: Mapping[str, Any]) -> dict[str, Any]:
+def timm_hints(folder: Path, values: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> dict[str, Any]:
     arguments = values.get("model_args", {})
     hints: dict[str, Any] = {}
+    pool = values.get("global_pool", "")
+    if pool and "patch_embed.proj.weight" in arrays:  # arrays alone do not tell the mean beside a class token
+        if pool not in TIMM_POOLS:
+            raise CheckpointError(f"{folder}: global_pool {pool!r} is not one of {sorted(TIMM_POOLS)}")
+        hints["pool"] = TIMM_POOLS[pool]
     if "num_heads" in arguments:
         hints["num_heads"] = arguments["num_heads"]
     if "gelu_tanh" in str(arguments.get("act_layer", "")):
@@ -96,7 +128,7 @@ def load_torch(path: Path) -> dict[str, Tensor]:
     """A torch.save file of tensors; what its pickle may do is limited by weights_only."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, AttributeError) as error:
+    except (*FAULTS, pickle.UnpicklingError, EOFError, AssertionError) as error:
         raise CheckpointError(f"{path}: not a torch file of tensors alone, so it is not read ({error})") from error
     for key in ("model", "state_dict", "module"):  # DeiT, lightning, DeepSpeed
         if isinstance(content, dict) and isinstance(content.get(key), dict):

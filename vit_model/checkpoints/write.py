@@ -108,5 +108,7 @@ def check_specs(model: Model, input_spec: InputSpec | None, output_spec: OutputS
     if output_spec is not None and len(output_spec.class_names) != model.head.num_classes:
         names, classes = len(output_spec.class_names), model.head.num_classes
         raise ValueError(f"output_spec names {names} classes; the model has {classes}")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise CheckpointError("the model is on the meta device and has no numbers; build it on another one")
     if any(not torch.isfinite(parameter).all() for parameter in model.parameters()):
         raise CheckpointError("the model has parameters that are not finite; nothing is written")
