@@ -7,6 +7,7 @@ bit. What it does not take (progressive, CMYK, rotated by EXIF, damaged, PNG, We
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,7 +23,8 @@ VERSION = 1  # Raised when the same file would give other pixels.
 try:
     from pipelines.reader.native import _jpeg
 except ImportError as error:  # Built without a compiler, or for another Python.
-    _why_not = str(error)
+    # Python words a missing one as a circular import.
+    _why_not = str(error) if find_spec(f"{__name__}._jpeg") else "its C file was not compiled"
 else:
     _why_not = ""
 
