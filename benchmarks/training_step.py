@@ -15,7 +15,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,22 +97,22 @@ def best_rate(device: torch.device) -> float:
     return best
 
 
-def contestants(name: str, args: argparse.Namespace, device: torch.device) -> dict[str, Step]:
-    found: dict[str, Step] = {}
-    ours = build_model(variant(name, gelu=args.gelu), CLASSES, seed=0, device=device).train()
+def contestants(name: str, args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, Step]]:
+    """One after the other: nothing of the second is on the device while the memory of the first is measured."""
     pure = args.dtype == "bfloat16"
+    ours = build_model(variant(name, gelu=args.gelu), CLASSES, seed=0, device=device).train()
     if args.compile:
         ours.compile()
-    found["ours"] = Step(ours, lambda x: ours(x, tokens=False).logits, device, pure)
+    yield "ours", Step(ours, lambda x: ours(x, tokens=False).logits, device, pure)
     try:
         import timm
-    except ImportError:
-        return found
+    except Exception as error:  # A torchvision that does not fit torch fails with other errors than ImportError.
+        print(f"without timm: {type(error).__name__}: {error}")
+        return
     theirs = timm.create_model(TIMM[name], num_classes=CLASSES).to(device).train()
     if args.compile:
         theirs.compile()
-    found["timm"] = Step(theirs, theirs, device, pure)
-    return found
+    yield "timm", Step(theirs, theirs, device, pure)
 
 
 def measure(name: str, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -122,15 +122,19 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> dict[s
     labels = torch.randint(0, CLASSES, (batch,), device=device)
     result: dict[str, Any] = {"batch": batch, "images_per_second": {}, "peak_gib": {}}
     seconds: dict[str, list[float]] = {}
-    steps = contestants(name, args, device)
-    for key, step in steps.items():
-        if device.type == "cuda":
+    steps: dict[str, Step] = {}
+    cuda = device.type == "cuda"
+    others = torch.cuda.memory_allocated(device) if cuda else 0
+    for key, step in contestants(name, args, device):
+        steps[key] = step
+        if cuda:
             torch.cuda.reset_peak_memory_stats(device)
         for _ in range(args.warm_up):
             step(images, labels)
         synchronize(device)
-        if device.type == "cuda":
-            result["peak_gib"][key] = torch.cuda.max_memory_allocated(device) / 2**30
+        if cuda:
+            result["peak_gib"][key] = (torch.cuda.max_memory_allocated(device) - others) / 2**30
+            others = torch.cuda.memory_allocated(device)
         seconds[key] = []
     deadline = time.perf_counter() + args.seconds
     for number in range(args.rounds):
