@@ -4,9 +4,9 @@
 
 Every contestant is a process with warm workers; rounds are interleaved, and a ratio is the median of the rounds' own
 ratios, because the rate of a shared machine moves. Files are the same 500x375 JPEGs everywhere: loose for timm, tars
-for the others, in a folder and in the embedded object store; the same photos as tiled JPEGs for one more of ours. timm's
-transform resizes bicubically (that is what people run), ours bilinearly with antialiasing. A new stream of ours is
-opened for every round, and its start counts. On one core `benchmarks/decode.py` measures, in a process of its own.
+for the others, in a folder and in the embedded object store; the same photos as tiled JPEGs for one more of ours.
+timm's transform resizes bicubically (that is what people run), ours bilinearly with antialiasing. A new stream of ours
+is opened for every round, and its start counts. One core is measured by `benchmarks/decode.py`, in its own process.
 
 The last line is one JSON object: `vs_...` is our rate over theirs, and `cpu_vs_...` their CPU time per image over ours,
 which a busy machine moves less; `first_batch_seconds` is the median on a warm cluster; `plan_seconds_300m` and
