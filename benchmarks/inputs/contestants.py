@@ -217,9 +217,6 @@ def start_ray() -> None:
     os.environ.pop("RAY_ADDRESS", None)
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray then keeps to the loopback address that it is given.
     os.environ["RAY_DATA_DISABLE_PROGRESS_BARS"] = "1"
-    os.environ["RAY_idle_worker_killing_time_threshold_ms"] = (
-        "60000"  # As the embedded stack has it: workers stay warm.
-    )
     ray.init(
         num_cpus=CORES,
         include_dashboard=False,
@@ -227,6 +224,7 @@ def start_ray() -> None:
         log_to_driver=False,
         object_store_memory=1_000_000_000,  # As the embedded stack has it.
         _node_ip_address="127.0.0.1",
+        _system_config={"idle_worker_killing_time_threshold_ms": 60_000},  # The same: workers stay warm.
     )
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
