@@ -32,11 +32,10 @@ __all__ = ["RayRows", "StarvedError", "check_cpus"]
 
 TASKS_PER_EXECUTION = 250
 TASKS_AT_FIRST = 32  # Ray Data takes about 1 ms for each before the first block comes.
-FEWEST_ROWS = 256  # Of one read task that decodes: shorter ones cost more to schedule than to run.
-FEWEST_FILES = 768  # Of one that does not: a file takes 60 us, to start and end a task some 15 ms.
+FEWEST_ROWS = 256  # Of one read task: shorter ones cost more to schedule than to run.
 OPEN_AHEAD = 0.6  # The next execution is opened when this part of the rows has come.
 PREFETCHED_BLOCKS = 4
-STARVED_PAUSE_SECONDS, PAUSE_SECONDS = 0.01, 0.05  # Of the scheduling loop: nothing, something waits for the consumer.
+SCHEDULING_PAUSE_SECONDS = 0.01
 LARGE_IMAGE_BYTES = 1 << 16
 
 
@@ -147,11 +146,11 @@ class Paced(ExecutionCallback):  # type: ignore[misc,unused-ignore]
     """A pause in each turn of Ray Data's scheduling loop, which runs as a thread of the train worker.
 
     While blocks wait for the consumer the loop turns without waiting for anything: it took 40 % of a core and the GIL,
-    and training ran at half its rate. Then there is no hurry either: the next blocks are on the way to the consumer.
+    and training ran at half its rate.
     """
 
-    def on_execution_step(self, executor: Any) -> None:
-        time.sleep(STARVED_PAUSE_SECONDS if executor._consumer_idling() else PAUSE_SECONDS)
+    def on_execution_step(self, executor: object) -> None:
+        time.sleep(SCHEDULING_PAUSE_SECONDS)
 
 
 class _Items(Datasource):  # type: ignore[misc,unused-ignore]
@@ -160,9 +159,9 @@ class _Items(Datasource):  # type: ignore[misc,unused-ignore]
     def __init__(self, job: Job, items: list[Item], decode: bool) -> None:
         super().__init__()
         groups: list[list[Item]] = []
-        size = fewest = FEWEST_ROWS if decode else FEWEST_FILES
+        size = FEWEST_ROWS
         for item in items:
-            if size >= fewest:
+            if size >= FEWEST_ROWS:
                 groups.append([])
                 size = 0
             groups[-1].append(item)
