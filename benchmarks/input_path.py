@@ -4,17 +4,21 @@
 
 Every contestant is a process with warm workers; rounds are interleaved, and a ratio is the median of the rounds' own
 ratios, because the rate of a shared machine moves. Files are the same 500x375 JPEGs everywhere: loose for timm, tars
-for the others, in a folder and in the embedded object store. timm's transform resizes bicubically (that is what people
-run), ours bilinearly with antialiasing. A new stream of ours is opened for every round, and its start counts.
+for the others, in a folder and in the embedded object store; the same photos as tiled JPEGs for one more of ours.
+timm's transform resizes bicubically (that is what people run), ours bilinearly with antialiasing. A new stream of ours
+is opened for every round, and its start counts. One core is measured by `benchmarks/decode.py`, in its own process.
 
-The last line is one JSON object: `vs_...` is our rate over theirs; `first_batch_seconds` is the median on a warm
-cluster; `plan_seconds_300m` and `plan_mb_300m` what planning the next epoch of 3x10^8 images takes.
+The last line is one JSON object: `vs_...` is our rate over theirs, and `cpu_vs_...` their CPU time per image over ours,
+which a busy machine moves less; `first_batch_seconds` is the median on a warm cluster; `plan_seconds_300m` and
+`plan_mb_300m` what planning the next epoch of 3x10^8 images takes; `single_core_...` is timm's CPU time per image over
+each engine's, decoding alone, and `..._like_for_like` the same with timm resizing bilinearly.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -38,9 +42,7 @@ CLASSES = 10
 
 
 def write_inputs(folder: Path, count: int, distinct: int) -> dict[str, Any]:
-    """The same photos as class folders and as a corpus of tars."""
-    from pipelines.corpus.small import write_corpus
-
+    """The same photos as class folders, as a corpus of tars and, where it can be made, as one of tiled JPEGs."""
     photos = make_photos(distinct)
     files = [numbered(photos[number % distinct], number) for number in range(count)]
     loose = folder / "loose"
@@ -48,10 +50,36 @@ def write_inputs(folder: Path, count: int, distinct: int) -> dict[str, Any]:
         path = loose / f"class-{number % CLASSES:02d}" / f"{number:08d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
+    inputs = {"loose": str(loose), "bytes": sum(map(len, files)) / count}
+    inputs["corpus"], inputs["tars"] = write_tars(folder / "corpus", files)
+    tiled = tile(photos)
+    if tiled is not None:
+        files = [numbered(tiled[number % distinct], number) for number in range(count)]
+        inputs["tiled"], _ = write_tars(folder / "tiled", files)
+    return inputs
+
+
+def write_tars(folder: Path, files: list[bytes]) -> tuple[str, list[str]]:
+    """A corpus of the files: its reference, and its tars."""
+    from pipelines.corpus.small import write_corpus
+
     images = [("train", f"class-{n % CLASSES:02d}", f"{n:08d}.jpg", data) for n, data in enumerate(files)]
-    corpus = write_corpus(folder / "corpus", images, shard_samples=SHARD_SAMPLES)
-    tars = [corpus.shard_uri(i) for i in range(len(corpus.shards))]
-    return {"loose": str(loose), "corpus": corpus.reference, "tars": tars, "bytes": sum(map(len, files)) / count}
+    corpus = write_corpus(folder, images, shard_samples=SHARD_SAMPLES)
+    return corpus.reference, [corpus.shard_uri(i) for i in range(len(corpus.shards))]
+
+
+def tile(photos: list[bytes]) -> list[bytes] | None:
+    """The photos as `vit shard --jpeg tiled` writes them; None where that was not built."""
+    from PIL import Image
+
+    from pipelines.corpus.images import ImageFacts
+    from pipelines.corpus.tiled import tile_jpeg
+
+    try:
+        return [tile_jpeg(data, ImageFacts("jpg", *Image.open(io.BytesIO(data)).size)) for data in photos]
+    except ImportError as error:
+        print(f"no tiled JPEGs: {error}")
+        return None
 
 
 def copy_to_store(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -129,6 +157,8 @@ def contestants(inputs: dict[str, Any], stored: dict[str, Any] | None, only: lis
         "webdataset": ("webdataset", {"urls": inputs["tars"]}),
         "Ray docs": ("ray_docs", {"paths": inputs["tars"]}),
     }
+    if "tiled" in inputs:
+        kinds["ours, tiled"] = ("ours", {"corpus": inputs["tiled"], "backend": "ray", "engine": engine})
     if stored is not None:
         kinds |= {
             "ours, S3": ("ours", {"corpus": stored["corpus"], "backend": "ray", "engine": engine}),
@@ -181,24 +211,37 @@ def table(found: list[Contestant]) -> Iterator[str]:
         )
 
 
+QUICK = ["ours", "ours, tiled", "raw threads", "timm DataLoader", "webdataset", "Ray docs"]
+RATIOS = {  # Claim: ours, theirs.
+    "vs_raw_threads": ("ours", "raw threads"),
+    "vs_timm_dataloader": ("ours", "timm DataLoader"),
+    "vs_webdataset": ("ours", "webdataset"),
+    "vs_ray_docs": ("ours", "Ray docs"),
+    "tiled_vs_timm_dataloader": ("ours, tiled", "timm DataLoader"),
+    "vs_webdataset_s3": ("ours, S3", "webdataset, S3"),
+    "vs_ray_docs_s3": ("ours, S3", "Ray docs, S3"),
+}
+
+
 def ratios(found: list[Contestant], key: str = "images_per_second") -> dict[str, float]:
-    """Our rate over each peer's, round by round, then the median."""
+    """Our rate over each peer's (for a cost: theirs over ours), round by round, then the median."""
     by_name = {one.name: one for one in found}
     claims: dict[str, float] = {}
-    for suffix in ("", ", S3"):
-        us = by_name.get("ours" + suffix)
-        for claim, name in (
-            ("vs_raw_threads", "raw threads"),
-            ("vs_timm_dataloader", "timm DataLoader"),
-            ("vs_webdataset", "webdataset" + suffix),
-            ("vs_ray_docs", "Ray docs" + suffix),
-        ):
-            them = by_name.get(name)
-            if us is None or them is None:
-                continue
-            each = [a[key] / b[key] for a, b in zip(us.rounds, them.rounds, strict=True)]
-            claims[claim + ("_s3" if suffix else "")] = round(statistics.median(each), 3)
+    for claim, names in RATIOS.items():
+        us, them = (by_name.get(name) for name in names)
+        if us is None or them is None:
+            continue
+        each = [a[key] / b[key] for a, b in zip(us.rounds, them.rounds, strict=True)]
+        claims[claim] = round(statistics.median(each if key.endswith("per_second") else [1 / one for one in each]), 3)
     return claims
+
+
+def single_core(quick: bool) -> dict[str, float]:
+    """Decoding alone, from `benchmarks/decode.py`."""
+    command = [sys.executable, str(Path(__file__).parent / "decode.py"), *["--quick"] * quick]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **ENVIRONMENT})
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return {name: value for name, value in result.items() if name.startswith("single_core_")}
 
 
 def main() -> None:
@@ -213,22 +256,23 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.rounds, options.images, options.batches, options.no_s3 = 1, 1024, 4, True
-    claims: dict[str, float] = {}
+        options.only = options.only or QUICK
+    claims = single_core(options.quick)
     with tempfile.TemporaryDirectory(prefix="vit-input-path-") as name:
         folder = Path(name)
-        inputs = write_inputs(folder, options.images, min(options.images, 400))
+        inputs = write_inputs(folder, options.images, 100 if options.quick else 400)
         print(f"{options.images} JPEGs of {inputs['bytes'] / 1e3:.0f} KB on average; engine {best_engine()}")
         with object_store(folder, not options.no_s3) as has_store:
             stored = copy_to_store(inputs) if has_store else None
             found = list(contestants(inputs, stored, options.only))
             try:
+                slow = {one.name: 4 if one.name.startswith("Ray docs") else 1 for one in found}
                 for one in found:
                     one.wait_ready()
-                    one.run(min(options.batches, 4), keep=False)
+                    one.run(max(1, min(options.batches, 4) // slow[one.name]), keep=False)
                 for number in range(options.rounds):
                     for one in found if number % 2 else reversed(found):
-                        slow = 4 if one.name.startswith("Ray docs") else 1
-                        one.run(max(1, options.batches // slow), keep=True)
+                        one.run(max(1, options.batches // slow[one.name]), keep=True)
             finally:
                 for one in found:
                     one.stop()
@@ -236,6 +280,7 @@ def main() -> None:
         print(line)
     claims |= ratios(found)
     claims |= {f"steady_{name}": value for name, value in ratios(found, "steady_images_per_second").items()}
+    claims |= {f"cpu_{name}": value for name, value in ratios(found, "cpu_us_per_image").items()}
     ours = next((one for one in found if one.name == "ours"), None)
     if ours is not None:
         claims["first_batch_seconds"] = round(ours.median("first_batch_seconds"), 2)

@@ -25,7 +25,7 @@ from pipelines.weights import Weights
 
 if TYPE_CHECKING:
     from pipelines.corpus.manifest import Corpus
-    from pipelines.reader.engines import Engine
+    from pipelines.reader.engines import Engine, Wanted
     from pipelines.tracking.run import Run
     from pipelines.training.watch import Outcome
     from vit_model import InputSpec, ModelConfig
@@ -140,8 +140,8 @@ def train_model(
     batch_size, num_classes = recipe.train.batch_size, len(corpus.class_names)
     # At least two, so that one worker and two see the same order.
     lanes = choose_lanes(corpus.pages(recipe.split), batch_size, max(2, num_workers), recipe.lanes)
-    engine = _engine(recipe.reader.engine, attempt, run_id)
-    reader = replace(recipe.reader, engine=engine.name)
+    engine = _engine(recipe.reader.wanted_engine, attempt, run_id)
+    reader = recipe.reader if engine.name == "nvjpeg" else replace(recipe.reader, engine=engine.name)
     # Each rank reads by itself; on a small machine their read tasks must fit beside each other.
     if not placement.waits:
         free = shown()[0] - num_workers * recipe.workers.cpus
@@ -197,7 +197,7 @@ def _put_teacher(teacher: Weights | None, attempt: Attempt) -> str | None:
     return uri
 
 
-def _engine(wanted: Literal["auto", "wheels", "native"], attempt: Attempt, run_id: str | None) -> Engine:
+def _engine(wanted: Wanted, attempt: Attempt, run_id: str | None) -> Engine:
     """What decodes: the engine of the checkpoint that will be resumed, else the recipe's choice; on all nodes."""
     from pipelines.reader.engines import check_nodes, choose
     from pipelines.tracking.run import Run

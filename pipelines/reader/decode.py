@@ -3,7 +3,7 @@
 `native` decodes plain JPEGs in C, a page of images in one call; `wheels` decodes plain JPEGs and PNGs image by image;
 `vit_model.preprocess`, the reference path, decodes the rest and gives the verdict on whatever failed. All three crop
 by the same numbers and give a whole image the same pixels. On a damaged one they may differ: `native` looks at no block
-below the crop.
+below the crop. `nvjpeg` takes the same crops on a GPU, with pixels of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.reader import native, wheels
+from pipelines.reader import native, nvjpeg, wheels
 from pipelines.reader.augment import AugmentConfig, crop_boxes, dct_crops, flips, shifts
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EngineName", "Faults", "decode_for_evaluation", "decode_for_training"]
 
-EngineName = Literal["wheels", "native"]
+EngineName = Literal["wheels", "native", "nvjpeg"]
 Faults = dict[int, tuple[str, str]]  # place -> (reason, text)
 
 TINY = 1 << 14  # Bytes. Below, the call that resizes costs more than its work, and images of one size share it.
@@ -64,6 +64,8 @@ def decode_for_training(
     todo = np.arange(len(images))
     if engine == "native" and native.serves(spec):
         todo = _decode_natively(work, todo, at_once)
+    elif engine == "nvjpeg" and spec.channels == 3:
+        todo = _decode_on_gpu(work, todo, at_once)
     todo = _decode_with_wheels(work, todo, at_once)
     faults = _decode_slowly(work, todo, at_once)
     if is_shifted:
@@ -108,6 +110,21 @@ def _decode_natively(work: _Work, todo: NDArray[np.int64], mirrored: NDArray[np.
         images = [work.images[i] for i in plain.tolist()]
         is_left[plain] = native.decode(images, crops, work.places[plain], work.out, work.spec) != 0
     return np.flatnonzero(is_left)
+
+
+def _decode_on_gpu(work: _Work, todo: NDArray[np.int64], mirrored: NDArray[np.bool_]) -> NDArray[np.int64]:
+    sources = [wheels.open_plain(image, work.spec.channels) for image in work.images]
+    is_plain = np.array([source is not None and source.has_scales for source in sources], np.bool_)  # An upright JPEG.
+    plain, left = todo[is_plain], todo[~is_plain].tolist()
+    sizes = np.array([source.size for source in sources if source is not None and source.has_scales], np.int64)
+    boxes = work.crops(plain, sizes.reshape(-1, 2), np.zeros(len(plain), np.bool_))[:, 1:]
+    found = nvjpeg.decode([work.images[i] for i in plain.tolist()], boxes, work.spec)
+    for i, pixels in zip(plain.tolist(), found, strict=True):
+        if pixels is None:
+            left.append(i)
+        else:
+            work.put(i, pixels, mirrored)
+    return np.array(sorted(left), np.int64)
 
 
 def _decode_with_wheels(work: _Work, todo: NDArray[np.int64], mirrored: NDArray[np.bool_]) -> NDArray[np.int64]:

@@ -13,18 +13,19 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 
 from pipelines.progress import say
-from pipelines.reader import native
+from pipelines.reader import native, nvjpeg
 from pipelines.reader.augment import AugmentConfig
 from pipelines.reader.decode import EngineName, decode_for_training
 
-__all__ = ["Engine", "EngineError", "check_nodes", "choose", "engine_here", "require"]
+__all__ = ["Engine", "EngineError", "Wanted", "check_nodes", "choose", "engine_here", "require"]
 
 PROBE = Path(__file__).parent / "probe"
+Wanted = Literal["auto", "wheels", "native", "nvjpeg"]
 INSTALL = (
     "install a C compiler (Debian: gcc) and then this package again, with the same versions as where the run started"
 )
@@ -59,7 +60,13 @@ def engine_here(name: EngineName) -> Engine:
             f"decode engine native was not built on {socket.gethostname()} ({native.why_not()}); {INSTALL}, "
             "or set reader.engine=wheels"
         )
-    packages = " ".join(f"{package}-{version(package)}" for package in ("simplejpeg", "pillow", "torch"))
+    if name == "nvjpeg" and nvjpeg.why_not():
+        raise EngineError(
+            f"nvJPEG cannot decode on {socket.gethostname()} ({nvjpeg.why_not()}); install torchvision with CUDA for "
+            "this torch, start where a GPU is seen, or leave reader.nvjpeg off"
+        )
+    used = ["simplejpeg", "pillow", "torch", *["torchvision"] * (name == "nvjpeg")]
+    packages = " ".join(f"{package}-{version(package)}" for package in used)
     own = f"native-{native.VERSION} " if name == "native" else ""
     return Engine(name, _probe(name), own + packages)
 
@@ -83,12 +90,12 @@ def _probe(name: EngineName) -> str:
     return digest.hexdigest()[:16]
 
 
-def choose(wanted: Literal["auto", "wheels", "native"], recorded: str | None = None) -> Engine:
+def choose(wanted: Wanted, recorded: str | None = None) -> Engine:
     """The engine of a run. `recorded` is the key that its checkpoint names: a resumed run keeps its engine."""
     if recorded is not None:
         return _recorded(wanted, recorded)
-    if wanted == "wheels":
-        return engine_here("wheels")
+    if wanted in ("wheels", "nvjpeg"):
+        return engine_here(wanted)
     if wanted == "auto" and native.why_not():
         _tell_once(
             f"reader: the native decoder was not built ({native.why_not()}); the wheels decode the same pixels "
@@ -107,14 +114,14 @@ def choose(wanted: Literal["auto", "wheels", "native"], recorded: str | None = N
     return wheels
 
 
-def _recorded(wanted: str, recorded: str) -> Engine:
+def _recorded(wanted: Wanted, recorded: str) -> Engine:
     name = recorded.split(" ")[0]
-    if name not in ("wheels", "native") or wanted not in ("auto", name):
+    if name not in {"auto": ("wheels", "native")}.get(wanted, (wanted,)):
         raise EngineError(
             f"the checkpoint was made with decode engine {name}, the recipe asks for {wanted}; "
             "leave reader.engine at auto to go on, or start anew with --again"
         )
-    engine = engine_here("wheels" if name == "wheels" else "native")
+    engine = engine_here(cast(EngineName, name))
     if engine.key != recorded:
         raise EngineError(
             f"the checkpoint was made with decode engine {recorded}, here it is {engine}: other pixels; install the "
@@ -142,8 +149,11 @@ def require(name: EngineName, pixels: str) -> None:
 def check_nodes(engine: Engine) -> None:
     """Before a run: every node of the Ray cluster must have the engine. Costs nothing on one node.
 
-    A node that joins later is checked by its first read task.
+    A node that joins later is checked by its first read task. nvJPEG decodes in the processes that train, and each of
+    them checks for itself.
     """
+    if engine.name == "nvjpeg":
+        return
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

@@ -17,7 +17,7 @@ from pipelines.reader import order as law
 from pipelines.reader.assemble import RowSource
 from pipelines.reader.augment import AugmentConfig
 from pipelines.reader.device import DeviceBatches
-from pipelines.reader.engines import choose
+from pipelines.reader.engines import Wanted, choose
 from pipelines.reader.fetch import CacheConfig, PageSpan
 from pipelines.reader.levels import changes_of
 from pipelines.reader.order import Order, OrderError, PageRows, Window, lanes_of_rank
@@ -50,10 +50,11 @@ CACHE_BYTES, FEWEST_CACHE_BYTES = 100_000_000_000, 64 << 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReaderConfig(Strict):
-    """How images are read. No field but `on_bad` changes what is read: engines whose pixels differ are refused."""
+    """How images are read. Only `on_bad` and `nvjpeg` change what is read: engines whose pixels differ are refused."""
 
     backend: Literal["ray", "local"] = how(default="ray")  # ray: any CPU of the cluster; local: threads of this process
     engine: Literal["auto", "wheels", "native"] = how(default="auto")  # Decoder; auto: native where it was built
+    nvjpeg: bool = False  # JPEGs on the GPU that trains, by torchvision; other pixels than the other engines have
     on_bad: Literal["mask", "fail"] = "mask"  # A bad image: weight 0 and counted, or an error
     max_bad_fraction: float = how(default=0.05)  # mask: more bad images than this stop the run
     num_cpus: float = how(default=1.0)  # ray: CPU share of one read task; below 1 on small machines
@@ -74,6 +75,11 @@ class ReaderConfig(Strict):
             raise ValueError(f"ahead={self.ahead}: at least the step that is asked for must be made; 2 is usual")
         if self.backend == "local" and self.decode == "tasks":
             raise ValueError("decode=tasks has no effect with backend=local, which has no tasks; remove one")
+        if self.nvjpeg and (self.engine != "auto" or self.decode == "tasks"):
+            raise ValueError(
+                f"nvjpeg decodes in the process that trains; engine={self.engine} and decode={self.decode} ask for "
+                "something else: leave both at auto"
+            )
         if self.cache is None and self.cache_bytes != CACHE_BYTES:
             raise ValueError(f"cache_bytes={self.cache_bytes} has no effect without cache; set cache to a folder")
         if self.cache_bytes < FEWEST_CACHE_BYTES:
@@ -82,6 +88,10 @@ class ReaderConfig(Strict):
             )
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction={self.max_bad_fraction} is not a fraction from 0 to 1")
+
+    @property
+    def wanted_engine(self) -> Wanted:
+        return "nvjpeg" if self.nvjpeg else self.engine
 
 
 def choose_lanes(pages: Pages, batch_size: int, max_workers: int | None = None, lanes: int | None = None) -> int:
@@ -122,7 +132,7 @@ def train_batches(
     mine = lanes_of_rank(lanes, rank, world_size)
     locate = _Pages(corpus, pages)
     items = (locate.item(window) for window in order.windows(mine, start_step, total_steps))
-    job = Job(_fetch_job(corpus, seed, reader), spec, augment, reader.on_bad, choose(reader.engine))
+    job = Job(_fetch_job(corpus, seed, reader), spec, augment, reader.on_bad, choose(reader.wanted_engine))
     return _stream(
         reader,
         job,
@@ -195,7 +205,8 @@ def _stream(
         from pipelines.reader.executions import RayRows
         from pipelines.reader.executions import decodes_here as chosen
 
-        decodes_here = chosen(job) if reader.decode == "auto" else reader.decode == "here"
+        needs_gpu = job.engine is not None and job.engine.name == "nvjpeg"
+        decodes_here = needs_gpu or (chosen(job) if reader.decode == "auto" else reader.decode == "here")
         rows = RayRows(job, items, reader.num_cpus, world_size, decode=not decodes_here)
     return BatchStream(
         rows,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from pipelines.reader import engines, native
+from pipelines.reader import engines, native, nvjpeg
 from pipelines.reader.augment import AugmentConfig
+from pipelines.reader.decode import decode_for_training
 from pipelines.reader.engines import Engine, EngineError, choose, engine_here, require
 from pipelines.reader.loader import ReaderConfig
 from pipelines.reader.rows import FetchJob, Item, Job, read_decoded
@@ -91,6 +94,7 @@ def test_the_engine_decides_no_digest() -> None:
     from pipelines.identity import deciding_fields
 
     assert deciding_fields(ReaderConfig(engine="wheels")) == deciding_fields(ReaderConfig(engine="native")) == {}
+    assert deciding_fields(ReaderConfig(nvjpeg=True)) == {"nvjpeg": True}  # Other pixels: another result.
 
 
 def test_a_read_task_refuses_work_from_an_engine_with_other_pixels() -> None:
@@ -98,3 +102,86 @@ def test_a_read_task_refuses_work_from_an_engine_with_other_pixels() -> None:
     job = Job(FetchJob(0, 3), InputSpec(), AugmentConfig(), "mask", Engine("wheels", "f" * 16))
     with pytest.raises(EngineError, match="other pixels"):
         next(read_decoded(job, Item(0, 0, 0, 0, 0, 1, True, ())))
+
+
+# nvJPEG -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nvjpeg_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """torchvision's decoder by another one, and the CPU for its GPU: all around nvJPEG, but not nvJPEG."""
+    import simplejpeg
+    import torch
+
+    def decode_jpeg(files: list[torch.Tensor], mode: str, device: torch.device) -> list[torch.Tensor]:
+        assert mode == "rgb" and device.type == "cpu"
+        try:
+            decoded = [simplejpeg.decode_jpeg(file.numpy().tobytes(), "RGB") for file in files]
+        except ValueError as error:
+            raise RuntimeError(str(error)) from error
+        return [torch.from_numpy(pixels).permute(2, 0, 1) for pixels in decoded]
+
+    io = SimpleNamespace(decode_jpeg=decode_jpeg, ImageReadMode=SimpleNamespace(RGB="rgb"))
+    monkeypatch.setattr(nvjpeg, "_torchvision", lambda: io)
+    monkeypatch.setattr(nvjpeg, "_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(nvjpeg, "why_not", lambda: "")
+    monkeypatch.setattr(engines, "version", lambda package: "0")
+    engine_here.cache_clear()
+    yield
+    engine_here.cache_clear()
+
+
+def test_nvjpeg_takes_the_same_crops(nvjpeg_on_the_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvjpeg, "TOGETHER", 3)
+    files = [memoryview(path.read_bytes()) for path in sorted(engines.PROBE.iterdir())] * 4
+    broken = bytearray(files[0])
+    broken[-2:] = b"xx"  # No end marker.
+    files += [memoryview(bytes(broken[: len(broken) // 2])), memoryview(b"no image")]
+    spec, places = InputSpec(height=64, width=80), np.arange(len(files))
+    found = {}
+    for engine in ("wheels", "nvjpeg"):
+        out = np.zeros((len(files), 3, 64, 80), np.uint8)
+        faults = decode_for_training(
+            files, places, places, spec=spec, augment=AugmentConfig(), seed=0, epoch=0, out=out, engine=engine
+        )
+        assert set(faults) == set(places[-2:].tolist())
+        found[engine] = out[:-2].astype(int)
+    difference = np.abs(found["nvjpeg"] - found["wheels"])
+    assert difference.max() <= 2  # The wheels resize whole numbers.
+    assert found["wheels"].std() > 20
+
+
+def test_a_run_with_nvjpeg_keeps_it(nvjpeg_on_the_cpu: None) -> None:
+    engine = choose(ReaderConfig(nvjpeg=True).wanted_engine)
+    assert engine.name == "nvjpeg" and "torchvision-0" in engine.versions
+    assert choose("nvjpeg", engine.key) == engine
+    for wanted, recorded in (("auto", engine.key), ("nvjpeg", engine_here("wheels").key)):
+        with pytest.raises(EngineError, match="--again"):
+            choose(wanted, recorded)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not nvjpeg.why_not(), reason="nvJPEG is here")
+def test_without_nvjpeg_its_option_is_refused_with_the_remedy() -> None:
+    with pytest.raises(EngineError, match=r"\((torchvision cannot|torch finds no CUDA).*leave reader\.nvjpeg off"):
+        choose("nvjpeg")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(bool(nvjpeg.why_not()), reason="no torchvision with CUDA")
+def test_nvjpeg_shows_the_same_pictures() -> None:
+    files = [memoryview(path.read_bytes()) for path in sorted(engines.PROBE.glob("*.jpg"))]
+    spec, places = InputSpec(height=64, width=80), np.arange(len(files))
+    found = {}
+    for engine in ("wheels", "nvjpeg"):
+        out = np.zeros((len(files), 3, 64, 80), np.uint8)
+        assert not decode_for_training(
+            files, places, places, spec=spec, augment=AugmentConfig(), seed=0, epoch=0, out=out, engine=engine
+        )
+        found[engine] = out.astype(int)
+    assert np.abs(found["nvjpeg"] - found["wheels"]).mean() < 4
+
+
+def test_nvjpeg_and_another_engine_are_not_asked_for_together() -> None:
+    for other in ({"engine": "native"}, {"decode": "tasks"}):
+        with pytest.raises(ValueError, match="leave both at auto"):
+            ReaderConfig(nvjpeg=True, **other)  # type: ignore[arg-type]
