@@ -129,7 +129,8 @@ def train_model(
 ) -> Outcome:
     """Work out the job, say what will be done, and do it on the cluster."""
     from pipelines.reader.loader import WINDOW_PAGES, choose_lanes
-    from pipelines.training.worker import TrainJob, choose_placement, connect, launch, shown
+    from pipelines.training.job import TrainJob
+    from pipelines.training.worker import choose_placement, connect, launch, shown
     from vit_model import OutputSpec, build_model, count_parameters, forward_macs
 
     connect()
