@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines import store
+from pipelines.batch import Batch
 from pipelines.identity import Attempt
 from pipelines.reader.engines import Engine
 from pipelines.reader.loader import AugmentConfig, ReaderConfig
@@ -25,6 +26,7 @@ from pipelines.training.config import (
 )
 from pipelines.training.curves import FreshPoints
 from pipelines.training.names import TrainingError
+from pipelines.training.process_group import is_noticed
 from pipelines.training.schedules import ScheduleConfig
 
 if TYPE_CHECKING:
@@ -73,8 +75,18 @@ class TrainJob:
     head_bias: float = 0.0
 
 
-def build_session(job: TrainJob, ranks: Ranks, local_size: int = 1) -> Session:
-    """Join the parts: model, optimizer, reader, tracking. `local_size`: workers of this node."""
+def build_session(
+    job: TrainJob,
+    ranks: Ranks,
+    local_size: int = 1,
+    *,
+    node: str = "",
+    watch: Callable[[Batch], None] | None = None,
+) -> Session:
+    """Join the parts: model, optimizer, reader, tracking. `local_size`: workers of this node, `node` its id.
+
+    `watch` is called with this rank's part of each step before it is trained on.
+    """
     import torch
 
     from pipelines.corpus.manifest import open_corpus
@@ -125,7 +137,7 @@ def build_session(job: TrainJob, ranks: Ranks, local_size: int = 1) -> Session:
                 num_classes=len(corpus.class_names),
             )
         ]
-        return opened[0]
+        return opened[0] if watch is None else _watched(opened[0], watch)
 
     def held_out(split: str) -> Any:
         stream = eval_batches(
@@ -193,7 +205,20 @@ def build_session(job: TrainJob, ranks: Ranks, local_size: int = 1) -> Session:
         export=export,
         objective=Objective(job.train, class_weights, teacher),
         bad_samples=lambda: opened[0].stats().by_reason(),
+        is_noticed=is_noticed,
+        node=node,
     )
+
+
+@contextlib.contextmanager
+def _watched(batches: Any, watch: Callable[[Batch], None]) -> Iterator[Iterator[Batch]]:
+    def each(opened: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in opened:
+            watch(batch)
+            yield batch
+
+    with batches as opened:
+        yield each(opened)
 
 
 def build_initial(job: TrainJob) -> Model:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import shutil
-import socket
 import tempfile
 import threading
+import time
 import uuid
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pipelines import store
@@ -20,17 +20,28 @@ from pipelines.progress import progress, say
 from pipelines.training.config import WorkerConfig
 from pipelines.training.job import TrainJob, build_session
 from pipelines.training.names import TrainingError
-from pipelines.training.placement import Patience, Placement, place
-from pipelines.training.watch import Outcome, Watcher, read_outcome, stop
+from pipelines.training.placement import MakingWay, Node, Patience, Placement, count_room, place
+from pipelines.training.process_group import GROUP_TIMEOUT_SECONDS, join_at_file, leave, listen
+from pipelines.training.watch import (
+    GroupLost,
+    MadeWay,
+    Outcome,
+    Watcher,
+    ask_to_make_way,
+    forget_round,
+    read_outcome,
+    stop,
+)
 
 if TYPE_CHECKING:
     from ray.train import UserCallback
     from ray.train.torch import TorchConfig
 
-__all__ = ["choose_placement", "connect", "launch", "shown", "train_worker"]
+__all__ = ["choose_placement", "connect", "launch", "room_for", "shown", "train_worker"]
 
 POLL_SECONDS = 0.5
-GROUP_TIMEOUT_SECONDS = 600.0  # Of a collective: a rank that is silent for so long is lost.
+LOOK_SECONDS = 2.0  # Between two looks at the cluster's nodes.
+SETTLE_SECONDS = 5.0  # After a loss: until a node that died is known to be dead, and what it held is free.
 
 
 # The worker ---------------------------------------------------------------------------------------------------------
@@ -38,6 +49,7 @@ GROUP_TIMEOUT_SECONDS = 600.0  # Of a collective: a rank that is silent for so l
 
 def train_worker(config: dict[str, Any]) -> None:
     """Runs in every rank."""
+    import ray
     import ray.train
     import torch
 
@@ -51,7 +63,10 @@ def train_worker(config: dict[str, Any]) -> None:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32.
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    build_session(job, Ranks.current(device), context.get_local_world_size()).run()
+    node = ray.get_runtime_context().get_node_id()
+    build_session(
+        job, Ranks.current(device), context.get_local_world_size(), node=node, watch=config.get("watch")
+    ).run()
 
 
 # The driver ---------------------------------------------------------------------------------------------------------
@@ -68,7 +83,8 @@ def connect() -> None:
 
 def choose_placement(workers: WorkerConfig) -> Placement:
     """From what the cluster shows now. The embedded head is one machine; any other cluster may still grow."""
-    return place(workers, *shown(), can_grow="VIT_STATE" not in os.environ)
+    room = room_for({"CPU": workers.cpus})
+    return place(workers, *shown(), can_grow="VIT_STATE" not in os.environ, room=room)
 
 
 def shown() -> tuple[float, float]:
@@ -79,50 +95,155 @@ def shown() -> tuple[float, float]:
     return float(resources.get("CPU", 0.0)), float(resources.get("GPU", 0.0))
 
 
+def nodes() -> list[Node]:
+    """The living nodes of the cluster."""
+    import ray
+    from ray._private.state import state  # Ray Train looks for drained nodes here too; nothing public shows them.
+
+    leaving = state.get_draining_nodes()
+    return [Node(node["NodeID"], node["Resources"], node["NodeID"] in leaving) for node in ray.nodes() if node["Alive"]]
+
+
+def room_for(need: dict[str, float], running: int = 0) -> int:
+    """How many workers there is room for, `running` of ours counted as free."""
+    import ray
+
+    return count_room(nodes(), ray.available_resources(), need, running)
+
+
 def launch(job: TrainJob, placement: Placement) -> Outcome:
-    """Train, showing progress. On Ctrl-C the workers store a checkpoint and end, then KeyboardInterrupt goes on."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    """Train, showing progress. On Ctrl-C the workers store a checkpoint and end, then KeyboardInterrupt goes on.
 
-    attempt, use_gpu = job.attempt, placement.use_gpu
-    resources = {"CPU": job.workers.cpus, **({"GPU": 1.0} if use_gpu else {})}
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={"job": job},
-        scaling_config=ScalingConfig(num_workers=placement.count, use_gpu=use_gpu, resources_per_worker=resources),
-        run_config=RunConfig(
-            name=attempt.name,
-            # Ray Train's own bookkeeping; nothing of ours is read from it.
-            storage_path=store.join(attempt.uri, "ray"),
-            failure_config=FailureConfig(max_failures=job.workers.max_failures),
-            callbacks=[_end_on_final_error()],
-        ),
-        torch_config=_torch_config(),
-    )
-    failures: list[BaseException] = []
-
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except BaseException as error:
-            failures.append(error)
-
-    # In a thread: Ray Train's own SIGINT handler aborts without a last checkpoint, and is only set in the main thread.
-    thread = threading.Thread(target=fit, name="trainer", daemon=True)
-    thread.start()
+    Rounds: in each, Ray Train runs one group of workers. It ends with the run, or when the workers make way: a node is
+    about to be taken away, or there is room for more of them. With a range of workers also when any of them is lost,
+    since Ray would wait for as many as before; with a fixed number Ray starts the group again by itself.
+    """
+    attempt, lost = job.attempt, 0
     with progress(attempt.stage, job.total_steps, "steps") as bar:
-        watcher, patience = Watcher(attempt, bar.update), Patience(placement)
+        watcher = Watcher(attempt, bar.update)
+        for number in itertools.count(1):
+            forget_round(attempt)
+            failure = _Round(job, placement, number, watcher).run()
+            try:
+                return read_outcome(attempt, failure)
+            except MadeWay as way:
+                say(f"{way}: the workers have stored a checkpoint and start again")
+                placement = _wait_for_room(job, placement, settle=0.0)
+            except GroupLost as error:
+                lost += 1
+                if placement.limits is None or lost > job.workers.max_failures:
+                    raise
+                say(f"the workers were lost ({error})")
+                placement = _wait_for_room(job, placement, settle=SETTLE_SECONDS)
+    raise AssertionError("unreachable")
+
+
+def _need(job: TrainJob, placement: Placement) -> dict[str, float]:
+    return {"CPU": job.workers.cpus, **({"GPU": 1.0} if placement.use_gpu else {})}
+
+
+def _wait_for_room(job: TrainJob, placement: Placement, settle: float) -> Placement:
+    """As many workers as there is room for, once it is enough for the fewest."""
+    if placement.limits is None:
+        return placement
+    patience, began = Patience(replace(placement, count=placement.limits[0])), time.monotonic()
+    while True:
+        room = room_for(_need(job, placement))
+        waited = time.monotonic() - began
+        # What the last group held is given back within moments: not seeing room for as many at once says little.
+        if room >= placement.limits[1] or (room >= placement.limits[0] and waited >= max(settle, LOOK_SECONDS)):
+            resized = placement.resized(room)
+            say(f"going on with {resized.count} worker{'s' if resized.count != 1 else ''}")
+            return resized
+        if patience.is_due():
+            say(patience.word(*shown()))
+        time.sleep(POLL_SECONDS)
+
+
+class _Round:
+    """One group of workers, from its start to its end."""
+
+    def __init__(self, job: TrainJob, placement: Placement, number: int, watcher: Watcher) -> None:
+        self.job, self.placement, self.number, self.watcher = job, placement, number, watcher
+        self._way: MakingWay | None = MakingWay(placement, job.workers.resize_seconds)
+        self._looked = time.monotonic()
+        self._failure: BaseException | None = None
+
+    def run(self) -> BaseException | None:
+        """Until the group has ended; returns what Ray Train raised."""
+        trainer = self._trainer()
+
+        def fit() -> None:
+            try:
+                trainer.fit()
+            except BaseException as error:
+                self._failure = error
+
+        # In a thread: Ray Train's own SIGINT handler aborts without a last checkpoint, and is only set in the main one.
+        thread = threading.Thread(target=fit, name="trainer", daemon=True)
+        thread.start()
+        before, patience = self.watcher.latest, Patience(self.placement)
         try:
             while thread.is_alive():
                 thread.join(POLL_SECONDS)
-                watcher()
-                if not watcher.latest and patience.is_due():
-                    say(patience.word(*shown()))
+                self.watcher()
+                if self.watcher.latest == before:
+                    if patience.is_due():
+                        say(patience.word(*shown()))
+                else:
+                    self._look()
         except KeyboardInterrupt:
-            stop(attempt, thread, watcher)
+            stop(self.job.attempt, thread, self.watcher)
             raise
-        watcher(now=True)
-    return read_outcome(attempt, failures[0] if failures else None)
+        self.watcher(now=True)
+        return self._failure
+
+    def _look(self) -> None:
+        """Whether the workers must make way; asked once."""
+        now = time.monotonic()
+        if self._way is None or now - self._looked < LOOK_SECONDS:
+            return
+        self._looked = now
+        room = room_for(_need(self.job, self.placement), self.placement.count)
+        reason = self._way.reason(nodes(), self.watcher.latest.get("nodes", ()), room, now)
+        if reason is not None:
+            with contextlib.suppress(store.StoreError):  # Asked again at the next look.
+                ask_to_make_way(self.job.attempt, reason)
+                self._way = None
+
+    def _trainer(self) -> Any:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+
+        job, placement, attempt = self.job, self.placement, self.job.attempt
+        elastic = placement.limits is not None
+        return TorchTrainer(
+            train_worker,
+            train_loop_config={"job": self._with_room_to_read()},
+            scaling_config=ScalingConfig(
+                num_workers=placement.count, use_gpu=placement.use_gpu, resources_per_worker=_need(job, placement)
+            ),
+            run_config=RunConfig(
+                name=attempt.name if self.number == 1 else f"{attempt.name}-r{self.number}",
+                # Ray Train's own bookkeeping; nothing of ours is read from it.
+                storage_path=store.join(attempt.uri, "ray"),
+                failure_config=FailureConfig(
+                    max_failures=0 if elastic else job.workers.max_failures,
+                    max_preemption_failures=0 if elastic else -1,
+                    controller_failure_limit=0 if elastic else -1,
+                ),
+                callbacks=[_end_on_final_error()],
+            ),
+            torch_config=_torch_config(),
+        )
+
+    def _with_room_to_read(self) -> TrainJob:
+        """Each rank reads by itself; on a small machine their read tasks must fit beside each other."""
+        if self.placement.waits:
+            return self.job
+        free = shown()[0] - self.placement.count * self.job.workers.cpus
+        num_cpus = max(0.05, min(self.job.reader.num_cpus, free / self.placement.count))
+        return replace(self.job, reader=replace(self.job.reader, num_cpus=num_cpus))
 
 
 def _end_on_final_error() -> UserCallback:
@@ -142,16 +263,13 @@ def _end_on_final_error() -> UserCallback:
 
 
 def _torch_config() -> TorchConfig:
-    """On a loopback cluster the ranks meet at a file and talk over the loopback device.
+    """Every worker listens for notice. On a loopback cluster the ranks meet at a file and talk over loopback.
 
     torch's own meeting point, a TCPStore, listens on all interfaces and answers anybody.
     """
     import ray
     from ray.train.backend import Backend
     from ray.train.torch import TorchConfig
-
-    if not ray.util.get_node_ip_address().startswith("127."):
-        return TorchConfig(timeout_s=int(GROUP_TIMEOUT_SECONDS))
 
     class MeetAtFile(Backend):
         share_cuda_visible_devices = True
@@ -161,38 +279,28 @@ def _torch_config() -> TorchConfig:
             size = len(worker_group)
             backend = "nccl" if worker_group.get_resources_per_worker().get("GPU", 0) else "gloo"
             path = f"{self.folder}/{uuid.uuid4().hex}"
-            ray.get([worker_group.execute_single_async(rank, _join, backend, rank, size, path) for rank in range(size)])
+            ranks = range(size)
+            ray.get(
+                [worker_group.execute_single_async(rank, join_at_file, backend, rank, size, path) for rank in ranks]
+            )
 
         def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
             with contextlib.suppress(Exception):  # Workers may be gone; their sockets went with them.
-                ray.get(worker_group.execute_async(_leave), timeout=10)
+                ray.get(worker_group.execute_async(leave), timeout=10)
             shutil.rmtree(getattr(self, "folder", ""), ignore_errors=True)
 
+    is_loopback = ray.util.get_node_ip_address().startswith("127.")
+    base: type[Backend] = MeetAtFile if is_loopback else TorchConfig().backend_cls
+
+    class Listening(base):  # type: ignore[valid-type, misc]
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            ray.get(worker_group.execute_async(listen))
+            super().on_start(worker_group, backend_config)
+
     @dataclass
-    class LoopbackTorchConfig(TorchConfig):
+    class ListeningConfig(TorchConfig):
         @property
         def backend_cls(self) -> type[Backend]:
-            return MeetAtFile
+            return Listening
 
-    return LoopbackTorchConfig(timeout_s=int(GROUP_TIMEOUT_SECONDS))
-
-
-def _join(backend: str, rank: int, world_size: int, path: str) -> None:
-    import torch.distributed as dist
-
-    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
-    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = loopback
-    dist.init_process_group(
-        backend,
-        init_method=f"file://{path}",
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=GROUP_TIMEOUT_SECONDS),
-    )
-
-
-def _leave() -> None:
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    return ListeningConfig(timeout_s=int(GROUP_TIMEOUT_SECONDS))
