@@ -112,35 +112,46 @@ def kill_driver(corpus: str, seed: int, folder: Path, moments: random.Random) ->
     return max(line.time for line in lines if line.start == (2, 1) and line.step == steps[1]) - moment, lines
 
 
+def measure(
+    folder: Path, moments: random.Random, options: argparse.Namespace
+) -> tuple[dict[str, list[float]], list[Counts]]:
+    from tests.pipelines.tiny_corpus import write_colours
+
+    seconds: dict[str, list[float]] = {"worker": [], "driver": []}
+    found: list[Counts] = []
+    corpus = write_colours(str(folder / "colours"), train=SAMPLES).reference
+    for number in range(1 if options.quick else 3):
+        for seed, (kind, strike) in enumerate((("worker", kill_worker), ("driver", kill_driver)), 2 * number):
+            took, lines = strike(corpus, seed, folder / f"{kind}-{number}", moments)
+            counts = counted(lines, options.drop_step)
+            seconds[kind].append(took)
+            found.append(counts)
+            print(
+                f"{kind} {number + 1}: {took:.1f} s to the next step, {max(counts.redone.values())} steps redone of an "
+                f"interval of {INTERVAL}, samples lost {counts.lost}, repeated {counts.repeated}",
+                flush=True,
+            )
+    return seconds, found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one kill of each kind instead of three")
     parser.add_argument("--drop-step", type=int, help="take this step out of the trace before counting")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args()
-    from infra import endpoints
-    from tests.pipelines.tiny_corpus import write_colours
+    with tempfile.TemporaryDirectory(prefix="vit-recovery-", ignore_cleanup_errors=True) as folder:
+        os.environ["VIT_STATE"] = str(Path(folder) / ".vit")
+        os.environ["RAY_AUTH_MODE"] = "token"
+        from infra import endpoints
 
-    os.environ.setdefault("VIT_STATE", str(Path.cwd() / ".vit"))
-    os.environ |= endpoints.ensure().environment()
-    os.environ["VIT_ROOT"] = f"{os.environ['VIT_ROOT']}/recovery-{time.time_ns()}"
-    moments = random.Random(options.seed)
-    seconds: dict[str, list[float]] = {"worker": [], "driver": []}
-    found: list[Counts] = []
-    with tempfile.TemporaryDirectory(prefix="vit-recovery-") as place:
-        corpus = write_colours(str(Path(place) / "colours"), train=SAMPLES).reference
-        for number in range(1 if options.quick else 3):
-            for kind, strike in (("worker", kill_worker), ("driver", kill_driver)):
-                seed = time.time_ns() % 10**9  # MLflow knows runs by their digest: none of an earlier benchmark.
-                took, lines = strike(corpus, seed, Path(place) / f"{kind}-{number}", moments)
-                counts = counted(lines, options.drop_step)
-                seconds[kind].append(took)
-                found.append(counts)
-                print(
-                    f"{kind} {number + 1}: {took:.1f} s to the next step, {max(counts.redone.values())} steps redone "
-                    f"of an interval of {INTERVAL}, samples lost {counts.lost}, repeated {counts.repeated}",
-                    flush=True,
-                )
+        try:
+            endpoints.ensure()
+            seconds, found = measure(Path(folder), random.Random(options.seed), options)
+        finally:
+            if "ray" in sys.modules:
+                sys.modules["ray"].shutdown()  # A driver that still hangs on when its cluster goes exits at once.
+            subprocess.run([sys.executable, "-m", "pipelines", "down"], check=False, stdout=subprocess.DEVNULL)
     print(
         json.dumps(
             {

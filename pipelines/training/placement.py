@@ -59,24 +59,31 @@ class Node:
 
 
 def count_room(
-    nodes: Iterable[Node], available: Mapping[str, float], need: Mapping[str, float], running: int = 0
+    nodes: Iterable[Node], available: Mapping[str, float] | None, need: Mapping[str, float], running: int = 0
 ) -> int:
-    """Workers for whom there is room: on whole nodes, and in what is free of the cluster beside `running` of ours."""
+    """Workers for whom there is room: on whole nodes, and in what is free of the cluster beside `running` of ours.
+
+    Of GPU workers only their GPUs must be free: CPUs are held for moments by the reading. None: nobody else is here.
+    """
     wanted = {name: amount for name, amount in need.items() if amount > 0}
     if not wanted:
         raise ValueError("a worker that needs nothing fits any number of times")
 
-    def times(has: Mapping[str, float]) -> int:
-        return int(min(has.get(name, 0.0) / amount + 1e-6 for name, amount in wanted.items()))
+    def times(has: Mapping[str, float], names: Iterable[str]) -> int:
+        return int(min(has.get(name, 0.0) / wanted[name] + 1e-6 for name in names))
 
-    return min(sum(times(node.resources) for node in nodes if not node.leaves), running + times(available))
+    whole = sum(times(node.resources, wanted) for node in nodes if not node.leaves)
+    if available is None:
+        return whole
+    return min(whole, running + times(available, {"GPU"} & wanted.keys() or wanted))
 
 
 class MakingWay:
     """Whether the workers should store a checkpoint and end, to start again elsewhere or in another number."""
 
-    def __init__(self, placement: Placement, resize_seconds: float) -> None:
-        self._placement, self._resize_seconds = placement, resize_seconds
+    def __init__(self, placement: Placement, resize_seconds: float, taken: int = 0) -> None:
+        """`taken`: room for so many was seen before, and others turned out to hold it."""
+        self._placement, self._resize_seconds, self._taken = placement, resize_seconds, taken
         self._began: float | None = None
         self._roomy_since: float | None = None
 
@@ -88,13 +95,14 @@ class MakingWay:
         leaving = [node.id for node in nodes if node.leaves and node.id.startswith(tuple(ours))]
         if leaving:
             return f"node {leaving[0][:12]} is about to be taken away"
-        if self._placement.limits is None or min(room, self._placement.limits[1]) <= self._placement.count:
+        more = self._placement.limits is not None and min(room, self._placement.limits[1]) > self._placement.count
+        if not more or room <= self._taken:
             self._roomy_since = None
             return None
         self._roomy_since = now if self._roomy_since is None else self._roomy_since
         if now - self._roomy_since < STEADY_SECONDS or now - self._began < self._resize_seconds:
             return None
-        return f"there is room for {min(room, self._placement.limits[1])} workers instead of {self._placement.count}"
+        return f"there is room for {self._placement.resized(room).count} workers instead of {self._placement.count}"
 
 
 def place(workers: WorkerConfig, cpus: float, gpus: float, *, can_grow: bool, room: int | None = None) -> Placement:

@@ -48,7 +48,7 @@ class Watcher:
     def __init__(self, attempt: Attempt, update: Callable[..., None]) -> None:
         self._uri = store.join(attempt.uri, PROGRESS)
         self._update = update
-        self._notes = 0
+        self._notes: list[str] = []
         self._read_at = 0.0
         self.latest: dict[str, Any] = {}
 
@@ -63,9 +63,13 @@ class Watcher:
         if latest == self.latest:
             return
         self.latest = latest
-        for note in self.latest.get("notes", ())[self._notes :]:
+        notes = list(self.latest.get("notes", ()))
+        known = (
+            len(self._notes) if notes[: len(self._notes)] == self._notes else 0
+        )  # Workers that start again begin anew.
+        for note in notes[known:]:
             say(note)
-        self._notes = len(self.latest.get("notes", ()))
+        self._notes = notes
         metrics = {**self.latest.get("metrics", {}), **self.latest.get("validation", {})}
         if "step" in self.latest:
             self._update(

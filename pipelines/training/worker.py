@@ -41,7 +41,8 @@ __all__ = ["choose_placement", "connect", "launch", "room_for", "shown", "train_
 
 POLL_SECONDS = 0.5
 LOOK_SECONDS = 2.0  # Between two looks at the cluster's nodes.
-SETTLE_SECONDS = 5.0  # After a loss: until a node that died is known to be dead, and what it held is free.
+FREED_SECONDS = 2.0  # Until what a group held shows as free.
+SETTLE_SECONDS = 5.0  # After a loss: until a node that died is known to be dead.
 
 
 # The worker ---------------------------------------------------------------------------------------------------------
@@ -104,11 +105,11 @@ def nodes() -> list[Node]:
     return [Node(node["NodeID"], node["Resources"], node["NodeID"] in leaving) for node in ray.nodes() if node["Alive"]]
 
 
-def room_for(need: dict[str, float], running: int = 0) -> int:
-    """How many workers there is room for, `running` of ours counted as free."""
+def room_for(need: dict[str, float]) -> int:
+    """How many workers there is room for now."""
     import ray
 
-    return count_room(nodes(), ray.available_resources(), need, running)
+    return count_room(nodes(), ray.available_resources(), need)
 
 
 def launch(job: TrainJob, placement: Placement) -> Outcome:
@@ -120,21 +121,23 @@ def launch(job: TrainJob, placement: Placement) -> Outcome:
     """
     attempt, lost = job.attempt, 0
     with progress(attempt.stage, job.total_steps, "steps") as bar:
-        watcher = Watcher(attempt, bar.update)
+        watcher, taken = Watcher(attempt, bar.update), 0
         for number in itertools.count(1):
             forget_round(attempt)
-            failure = _Round(job, placement, number, watcher).run()
+            group = _Round(job, placement, number, watcher, taken)
+            failure = group.run()
             try:
                 return read_outcome(attempt, failure)
             except MadeWay as way:
                 say(f"{way}: the workers have stored a checkpoint and start again")
-                placement = _wait_for_room(job, placement, settle=0.0)
+                placement, before = _wait_for_room(job, placement, FREED_SECONDS), placement
+                taken = group.room if placement.count <= before.count else 0
             except GroupLost as error:
                 lost += 1
                 if placement.limits is None or lost > job.workers.max_failures:
                     raise
                 say(f"the workers were lost ({error})")
-                placement = _wait_for_room(job, placement, settle=SETTLE_SECONDS)
+                placement = _wait_for_room(job, placement, SETTLE_SECONDS)
     raise AssertionError("unreachable")
 
 
@@ -150,8 +153,7 @@ def _wait_for_room(job: TrainJob, placement: Placement, settle: float) -> Placem
     while True:
         room = room_for(_need(job, placement))
         waited = time.monotonic() - began
-        # What the last group held is given back within moments: not seeing room for as many at once says little.
-        if room >= placement.limits[1] or (room >= placement.limits[0] and waited >= max(settle, LOOK_SECONDS)):
+        if room >= placement.limits[0] and waited >= settle:
             resized = placement.resized(room)
             say(f"going on with {resized.count} worker{'s' if resized.count != 1 else ''}")
             return resized
@@ -163,9 +165,10 @@ def _wait_for_room(job: TrainJob, placement: Placement, settle: float) -> Placem
 class _Round:
     """One group of workers, from its start to its end."""
 
-    def __init__(self, job: TrainJob, placement: Placement, number: int, watcher: Watcher) -> None:
+    def __init__(self, job: TrainJob, placement: Placement, number: int, watcher: Watcher, taken: int) -> None:
         self.job, self.placement, self.number, self.watcher = job, placement, number, watcher
-        self._way: MakingWay | None = MakingWay(placement, job.workers.resize_seconds)
+        self.room = 0  # Seen when the workers were asked to make way.
+        self._way: MakingWay | None = MakingWay(placement, job.workers.resize_seconds, taken)
         self._looked = time.monotonic()
         self._failure: BaseException | None = None
 
@@ -204,8 +207,13 @@ class _Round:
         if self._way is None or now - self._looked < LOOK_SECONDS:
             return
         self._looked = now
-        room = room_for(_need(self.job, self.placement), self.placement.count)
-        reason = self._way.reason(nodes(), self.watcher.latest.get("nodes", ()), room, now)
+        import ray
+
+        standing, need = nodes(), _need(self.job, self.placement)
+        # CPUs are never all free while the workers read; whether others hold them shows once ours are given back.
+        free = ray.available_resources() if self.placement.use_gpu else None
+        self.room = count_room(standing, free, need, self.placement.count)
+        reason = self._way.reason(standing, self.watcher.latest.get("nodes", ()), self.room, now)
         if reason is not None:
             with contextlib.suppress(store.StoreError):  # Asked again at the next look.
                 ask_to_make_way(self.job.attempt, reason)

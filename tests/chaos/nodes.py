@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -34,16 +35,16 @@ class Raylet:
         import ray
 
         before = {node["NodeID"] for node in ray.nodes()}
-        self._folder = tempfile.TemporaryDirectory(
-            prefix="vn-", ignore_cleanup_errors=True
-        )  # Short: sockets lie in it.
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
-        command += [f"--address={os.environ['RAY_ADDRESS']}", "--node-ip-address=127.0.0.2"]
+        # A short name: sockets lie in it.
+        self._folder = tempfile.TemporaryDirectory(prefix="vn-", ignore_cleanup_errors=True)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, "-P", str(Path(__file__).with_name("raylet.py")), "start", "--block"]
+        command += [f"--address={os.environ['RAY_ADDRESS']}", "--node-ip-address=127.0.0.1", "--disable-usage-stats"]
         command += [f"--num-cpus={cpus}", f"--object-store-memory={80 << 20}", f"--temp-dir={self._folder.name}"]
-        command += ["--dashboard-agent-listen-port=0"]
-        # The embedded head's own switch keeps Ray on 127.0.0.1 and alone; another loopback address is kept as it is.
-        left_out = ("RAY_ADDRESS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
-        environment = {name: value for name, value in os.environ.items() if name not in left_out}
+        command += [f"--dashboard-agent-listen-port={port}"]
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         self._log = Path(self._folder.name, "start.log")
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)

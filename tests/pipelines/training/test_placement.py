@@ -119,6 +119,14 @@ def test_room_is_counted_on_whole_nodes_and_in_what_others_leave_free(
     assert count_room(NODES, {"CPU": available}, {"CPU": 0.75, "GPU": 0.0}, running) == room
 
 
+def test_only_the_gpus_of_gpu_workers_must_be_free_and_all_counts_where_nobody_else_is() -> None:
+    nodes = [Node("aa", {"CPU": 8.0, "GPU": 4.0})]
+    need = {"CPU": 0.05, "GPU": 1.0}
+    assert count_room(nodes, {"CPU": 0.0, "GPU": 2.0}, need, 1) == 3
+    assert count_room(nodes, {"CPU": 8.0}, need, 1) == 1
+    assert count_room(nodes, None, need) == 4
+
+
 def test_workers_never_outnumber_the_lanes() -> None:
     placed = place(workers(count=(2, 8)), 64, 8, can_grow=True).at_most(4)
     assert (placed.count, placed.limits) == (4, (2, 4))
@@ -135,6 +143,9 @@ def test_workers_make_way_for_more_once_the_room_is_steady() -> None:
     assert way.reason(nodes, ["aa"], 3, now=69.0) is None
     assert way.reason(nodes, ["aa"], 2, now=71.0) is None  # Gone again: counted anew.
     assert way.reason(nodes, ["aa"], 3, now=72.0) is None
+    full = MakingWay(place(workers(count=(1, 3)), 2, 0, can_grow=True, room=2), resize_seconds=0.0, taken=3)
+    assert [full.reason(nodes, ["aa"], room, now) for now, room in ((0.0, 3), (9.0, 3), (20.0, 4))] == [None] * 3
+    assert full.reason(nodes, ["aa"], 4, now=26.0) is not None  # More than what turned out to be taken.
     assert way.reason(nodes, ["aa"], 9, now=78.0) == "there is room for 3 workers instead of 2"
 
 
