@@ -312,6 +312,8 @@ class Session:
     # End ------------------------------------------------------------------------------------------------------------
 
     def _finish(self, finished: bool) -> None:
+        # Collective, so before anything that only one rank may see.
+        noticed = [rank for rank, told in enumerate(self.ranks.of_all(int(self._is_noticed()))) if told]
         if self._saves.fatal is not None:
             self._write_outcome(error=str(self._saves.fatal))
             return
@@ -326,7 +328,6 @@ class Session:
         self._saves.save()
         self._saves.wait()
         if not finished:
-            noticed = [rank for rank, told in enumerate(self.ranks.of_all(int(self._is_noticed()))) if told]
             if self._reporter is not None:
                 self._write_outcome(stopped=True, again=self._reporter.make_way or say_noticed(noticed))
             return
