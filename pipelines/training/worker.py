@@ -7,10 +7,12 @@ import itertools
 import logging
 import os
 import shutil
+import socket
 import tempfile
 import threading
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +43,8 @@ __all__ = ["choose_placement", "connect", "launch", "room_for", "shown", "train_
 
 POLL_SECONDS = 0.5
 LOOK_SECONDS = 2.0  # Between two looks at the cluster's nodes.
+ANSWER_SECONDS = 2.0  # That a node may take to accept a connection.
 FREED_SECONDS = 2.0  # Until what a group held shows as free.
-SETTLE_SECONDS = 5.0  # After a loss: until a node that died is known to be dead.
 
 
 # The worker ---------------------------------------------------------------------------------------------------------
@@ -96,20 +98,29 @@ def shown() -> tuple[float, float]:
     return float(resources.get("CPU", 0.0)), float(resources.get("GPU", 0.0))
 
 
-def nodes() -> list[Node]:
-    """The living nodes of the cluster."""
+def nodes(answering: bool = False) -> list[Node]:
+    """The living nodes; Ray takes up to 20 s to call one dead. `answering`: only those that can be reached."""
     import ray
     from ray._private.state import state  # Ray Train looks for drained nodes here too; nothing public shows them.
 
-    leaving = state.get_draining_nodes()
-    return [Node(node["NodeID"], node["Resources"], node["NodeID"] in leaving) for node in ray.nodes() if node["Alive"]]
+    def answers(node: dict[str, Any]) -> bool:
+        with contextlib.suppress(OSError):
+            socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), ANSWER_SECONDS).close()
+            return True
+        return False
+
+    leaving, living = state.get_draining_nodes(), [node for node in ray.nodes() if node["Alive"]]
+    if answering:
+        with ThreadPoolExecutor(64) as pool:
+            living = [node for node, yes in zip(living, pool.map(answers, living), strict=True) if yes]
+    return [Node(node["NodeID"], node["Resources"], node["NodeID"] in leaving) for node in living]
 
 
 def room_for(need: dict[str, float]) -> int:
     """How many workers there is room for now."""
     import ray
 
-    return count_room(nodes(), ray.available_resources(), need)
+    return count_room(nodes(answering=True), ray.available_resources(), need)
 
 
 def launch(job: TrainJob, placement: Placement) -> Outcome:
@@ -130,14 +141,14 @@ def launch(job: TrainJob, placement: Placement) -> Outcome:
                 return read_outcome(attempt, failure)
             except MadeWay as way:
                 say(f"{way}: the workers have stored a checkpoint and start again")
-                placement, before = _wait_for_room(job, placement, FREED_SECONDS), placement
+                placement, before = _wait_for_room(job, placement), placement
                 taken = group.room if placement.count <= before.count else 0
             except GroupLost as error:
                 lost += 1
                 if placement.limits is None or lost > job.workers.max_failures:
                     raise
                 say(f"the workers were lost ({error})")
-                placement = _wait_for_room(job, placement, SETTLE_SECONDS)
+                placement = _wait_for_room(job, placement)
     raise AssertionError("unreachable")
 
 
@@ -145,15 +156,14 @@ def _need(job: TrainJob, placement: Placement) -> dict[str, float]:
     return {"CPU": job.workers.cpus, **({"GPU": 1.0} if placement.use_gpu else {})}
 
 
-def _wait_for_room(job: TrainJob, placement: Placement, settle: float) -> Placement:
+def _wait_for_room(job: TrainJob, placement: Placement) -> Placement:
     """As many workers as there is room for, once it is enough for the fewest."""
     if placement.limits is None:
         return placement
     patience, began = Patience(replace(placement, count=placement.limits[0])), time.monotonic()
     while True:
         room = room_for(_need(job, placement))
-        waited = time.monotonic() - began
-        if room >= placement.limits[0] and waited >= settle:
+        if room >= placement.limits[0] and time.monotonic() - began >= FREED_SECONDS:
             resized = placement.resized(room)
             say(f"going on with {resized.count} worker{'s' if resized.count != 1 else ''}")
             return resized

@@ -26,7 +26,6 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[i
     monkeypatch.setenv("VIT_ROOT", str(tmp_path))
     monkeypatch.setattr(worker, "POLL_SECONDS", 0.0)
     monkeypatch.setattr(worker, "FREED_SECONDS", 0.0)
-    monkeypatch.setattr(worker, "SETTLE_SECONDS", 0.0)
 
     def start(outcomes: list[Any], rooms: list[int], limits: tuple[int, int] | None, **workers: Any) -> list[int]:
         job = Job(attempt("e" * 64), workers=WorkerConfig(**workers))
