@@ -112,6 +112,7 @@ class Session:
         self._pieces = Pieces(config.loop.train.per_device_batch_size)
         self._left_out: set[int] = set()
         self._order = dict(config.order)
+        self._ended = False  # As asked, and not by a loss.
         self._latest: dict[str, float] = {}
         self._window_step = 0
         self._images = self._seconds = 0.0
@@ -169,7 +170,8 @@ class Session:
                 f"training started {starts} times from step {step:,} and got no further; {self._faults.say_last()}"
                 "; mend that and run the same command again"
             )
-        if starts > 1 or (attempt == self.config.attempt.number and self.ranks.rank == 0):
+        ended = loaded is not None and loaded.state.get("ended", False)
+        if starts > 1 or (attempt == self.config.attempt.number and self.ranks.rank == 0 and not ended):
             self._note(f"the workers were started again: {self._faults.say_last()}")
         self._window_step = self.state.step
 
@@ -307,6 +309,7 @@ class Session:
             "best": self._selection.to_json(),
             "left_out": sorted(self._left_out),
             "code": identity.code_fingerprint(),
+            "ended": self._ended,
         }
 
     # End ------------------------------------------------------------------------------------------------------------
@@ -325,6 +328,7 @@ class Session:
             if export != "last" or self.state.step < self.config.loop.total_steps:
                 self._held_out.conclude("val", handed_on)
             self._held_out.conclude("test", handed_on)
+        self._ended = not finished
         self._saves.save()
         self._saves.wait()
         if not finished:

@@ -23,7 +23,7 @@ STEPS = 900
 
 @pytest.mark.parametrize("number", range(ROUNDS))
 @pytest.mark.parametrize("end", ["lost", *(["drained"] if ROUNDS > 1 else [])])
-def test_workers_grow_with_a_node_and_go_on_without_it(
+def test_workers_go_on_without_a_node_and_with_a_new_one(
     recipe_of: Callable[..., Any],
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -45,6 +45,7 @@ def test_workers_grow_with_a_node_and_go_on_without_it(
     place = store.join(identity.runs(), "pretrain", digest, "attempts", "1")
     results: list[identity.StageResult] = []
     thread = threading.Thread(target=lambda: results.append(pretrain.run(given)), daemon=True)
+    node = Raylet(math.ceil(share)) if end == "lost" else None
     thread.start()
 
     def shows(workers: int, steps: int) -> bool:
@@ -56,8 +57,9 @@ def test_workers_grow_with_a_node_and_go_on_without_it(
             return False
         return bool(now.get("workers") == workers and now.get("step", 0) >= starts[-1] + steps)
 
-    wait_for(lambda: shows(2, 5))
-    node = Raylet(math.ceil(share))
+    if node is None:  # It comes in the middle of the run.
+        wait_for(lambda: shows(2, 5))
+        node = Raylet(math.ceil(share))
     try:
         wait_for(lambda: shows(3, moment))
         if end == "lost":
@@ -72,9 +74,8 @@ def test_workers_grow_with_a_node_and_go_on_without_it(
     assert results, "the run did not end"
     found = count(read(folder), SAMPLES, 16, STEPS)
     assert (found.lost, found.repeated) == (0, 0)
-    grown, last = sorted(found.redone)[1], sorted(found.redone)[-1]
-    assert found.redone[grown] == 0, "growing redoes nothing"
-    assert found.redone[last] <= (20 if end == "lost" else 0)
+    # Growing and notice redo nothing; at a loss an upload may have been under way.
+    assert sum(found.redone.values()) <= (20 if end == "lost" else 0)
     assert results[0].metrics["test/top1"] > 0.9
 
 

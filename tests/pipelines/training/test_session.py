@@ -247,6 +247,7 @@ def test_workers_that_make_way_say_why_and_lose_no_step(place: Place) -> None:
     session(attempt, until=seen.append).run()  # Of the same attempt: nobody has to ask for it again.
     assert seen[0] == stopped < STEPS
     assert read_outcome(attempt, None).step == STEPS
+    assert place.read(1, PROGRESS)["notes"] == [f"resumed from the checkpoint at step {stopped} (attempt 1)"]
 
 
 def test_a_notice_to_the_process_ends_in_a_checkpoint_of_that_window(place: Place) -> None:
