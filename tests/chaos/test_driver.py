@@ -21,7 +21,7 @@ from tests.chaos.test_workers import points
 from tests.chaos.trace import count, read
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
-STEPS = 1980
+STEPS = 990
 
 
 @pytest.mark.parametrize("number", range(ROUNDS))
@@ -34,7 +34,7 @@ def test_ctrl_c_then_kill_9_then_the_same_command_finishes(
         train={"total_steps": STEPS},
         checkpoint={"every_steps": 50},
         reader={"backend": "ray"},
-        validation={"every_epochs": 10},
+        validation={"every_epochs": 11},
     )
     path = folder / "recipe.yaml"
     folder.mkdir()
@@ -54,7 +54,7 @@ def test_ctrl_c_then_kill_9_then_the_same_command_finishes(
         return bool(now.get(field, 0) >= at_least)
 
     first = start()
-    interrupt_at = moments.randrange(20, 200)
+    interrupt_at = moments.randrange(20, 100)
     wait_for(lambda: reached(1, "step", interrupt_at))
     first.send_signal(signal.SIGINT)
     output = first.communicate(timeout=200)[0]
@@ -62,7 +62,7 @@ def test_ctrl_c_then_kill_9_then_the_same_command_finishes(
     assert "the same command resumes at step" in output
 
     second = start()
-    kill_at = moments.randrange(300, 800)
+    kill_at = moments.randrange(200, 500)
     wait_for(lambda: reached(2, "checkpoint", kill_at))
     second.kill()
     second.communicate()
