@@ -5,11 +5,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help setup demo test lint format bench fuzz clean
+.PHONY: help setup demo test chaos lint format bench fuzz clean
 
 help:
 	@echo "make demo    set up, start the embedded stack, raw images -> champion in the MLflow UI"
 	@echo "make test    set up, run the tests"
+	@echo "make chaos   training struck by lost workers, nodes, drivers: five moments of each kind (CHAOS_ROUNDS=5)"
 	@echo "make lint    ruff (format and check) and mypy"
 	@echo "make bench   every benchmark with its peers (make bench QUICK=--quick for a short run)"
 	@echo "make fuzz    the native decoder against hostile files, with sanitizers (FUZZ_SECONDS=60)"
@@ -41,6 +42,9 @@ demo: $(VENV)/.core
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 -m "not stack" --durations 15 $(PYTEST_ARGS) || [ $$? = 5 -a -n "$(PYTEST_ARGS)" ]
 	$(BIN)/python -m pytest -m stack --durations 40 $(PYTEST_ARGS) || [ $$? = 5 -a -n "$(PYTEST_ARGS)" ]
+
+chaos: $(VENV)/.dev
+	VIT_CHAOS_ROUNDS=$(or $(CHAOS_ROUNDS),5) $(BIN)/python -m pytest -m stack tests/chaos $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

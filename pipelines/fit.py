@@ -129,23 +129,21 @@ def train_model(
 ) -> Outcome:
     """Work out the job, say what will be done, and do it on the cluster."""
     from pipelines.reader.loader import WINDOW_PAGES, choose_lanes
-    from pipelines.training.worker import TrainJob, choose_placement, connect, launch, shown
+    from pipelines.training.job import TrainJob
+    from pipelines.training.worker import choose_placement, connect, launch
     from vit_model import OutputSpec, build_model, count_parameters, forward_macs
 
     connect()
     placement = choose_placement(recipe.workers)
-    num_workers = placement.count
     num_images = corpus.splits[recipe.split]
     total_steps = recipe.train.steps(num_images)
     batch_size, num_classes = recipe.train.batch_size, len(corpus.class_names)
     # At least two, so that one worker and two see the same order.
-    lanes = choose_lanes(corpus.pages(recipe.split), batch_size, max(2, num_workers), recipe.lanes)
+    most = placement.limits[1] if placement.limits else placement.count
+    lanes = choose_lanes(corpus.pages(recipe.split), batch_size, max(2, most), recipe.lanes)
+    placement = placement.at_most(_kept_lanes(attempt) or lanes)
     engine = _engine(recipe.reader.wanted_engine, attempt, run_id)
     reader = recipe.reader if engine.name == "nvjpeg" else replace(recipe.reader, engine=engine.name)
-    # Each rank reads by itself; on a small machine their read tasks must fit beside each other.
-    if not placement.waits:
-        free = shown()[0] - num_workers * recipe.workers.cpus
-        reader = replace(reader, num_cpus=max(0.05, min(reader.num_cpus, free / num_workers)))
     job = TrainJob(
         attempt=attempt,
         run_id=run_id,
@@ -186,6 +184,14 @@ def train_model(
         f"{parameters:,} parameters; {identity.code_origin()}"
     )
     return launch(job, placement)
+
+
+def _kept_lanes(attempt: Attempt) -> int | None:
+    """Of the checkpoint that will be resumed: no more workers than these can take part."""
+    from pipelines.training.checkpoint import Checkpoints
+
+    lanes = Checkpoints(attempt).newest_state().get("order", {}).get("lanes")
+    return None if lanes is None else int(lanes)
 
 
 def _put_teacher(teacher: Weights | None, attempt: Attempt) -> str | None:

@@ -102,7 +102,7 @@ def training_batch(recipe: Any, corpus: Corpus, step: int) -> Batch:
         std=(0.5,) * channels,
     )
     size = recipe.train.batch_size
-    lanes = choose_lanes(corpus.pages(recipe.split), size, max(2, recipe.workers.count or 0), recipe.lanes)
+    lanes = choose_lanes(corpus.pages(recipe.split), size, max(2, recipe.workers.most or 0), recipe.lanes)
     stream = train_batches(
         corpus,
         split=recipe.split,

@@ -73,7 +73,7 @@ def allowed(path: Path, module: str) -> bool:
         case "training":
             own = below(module, "pipelines.training")
             return own or (
-                name == "pipelines.training.worker"
+                name == "pipelines.training.job"
                 and below(module, "pipelines.reader", "pipelines.corpus", "pipelines.tracking")
             )
         case "evaluation":

@@ -249,18 +249,30 @@ class ParallelConfig(Strict):
 class WorkerConfig(Strict):
     """The processes that train. None of it decides the result beyond the order of rounding."""
 
-    count: int | None = how(default=None)  # Train workers; null: one per GPU, or two on CPUs (one on a single core).
+    # Train workers; null: one per GPU, or two on CPUs (one on a single core). [FEWEST, MOST]: as many as there is room
+    # for, fewer after a node is lost and more when it comes back.
+    count: int | tuple[int, int] | None = how(default=None)
     # auto: GPUs if the cluster shows any, else CPUs. cuda: a GPU each; on a cluster that grows they are waited for.
     device: Literal["auto", "cpu", "cuda"] = how(default="auto")
     cpus: float = how(default=0.05)  # Logical CPUs each reserves; small on a laptop, so that reading gets the rest.
     max_failures: int = how(default=8)  # Restarts of the worker group before the run counts as failed.
+    resize_seconds: float = how(default=60.0)  # Of a range: a group works for so long before it makes way for a larger.
     log_every_steps: int = how(default=20)  # Steps between two points in the curves.
     hang_seconds: float | None = how(default=900.0)  # A worker without a step for so long writes its stacks and ends.
 
     def __post_init__(self) -> None:
         if self.hang_seconds is not None and not self.hang_seconds > 0:
             raise ValueError(f"hang_seconds={self.hang_seconds} is not above 0; null disables the watchdog")
-        if self.count is not None and self.count < 1:
+        if isinstance(self.count, tuple) and not 1 <= self.count[0] <= self.count[1]:
+            raise ValueError(f"count={list(self.count)} is no range of workers; give [fewest, most], as in [1, 8]")
+        if isinstance(self.count, int) and self.count < 1:
             raise ValueError(f"count={self.count} workers cannot train; give 1 or more, or null to choose")
+        if self.resize_seconds < 0:
+            raise ValueError(f"resize_seconds={self.resize_seconds} is below 0; 60 is usual")
         if self.log_every_steps < 1:
             raise ValueError(f"log_every_steps={self.log_every_steps} is less than one step; 20 is usual")
+
+    @property
+    def most(self) -> int | None:
+        """The largest number of workers that the recipe names."""
+        return self.count[1] if isinstance(self.count, tuple) else self.count

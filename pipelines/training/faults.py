@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 from pipelines import store
 from pipelines.training.names import FAULT, STARTS
 from pipelines.training.pieces import OutOfMemory
 
-__all__ = ["MOST_STARTS", "Faults"]
+__all__ = ["MOST_STARTS", "Faults", "say_noticed"]
 
 MOST_STARTS = 4  # In a row from the same step: what failed three times there fails again.
 OTHER_SIZE = -1  # In the list of starts: from here on with smaller pieces, so what failed before need not fail again.
+
+
+def say_noticed(ranks: Sequence[int]) -> str | None:
+    """For the user; None if no worker was told that it will be ended."""
+    if not ranks:
+        return None
+    which = f"worker {ranks[0]}" if len(ranks) == 1 else f"workers {', '.join(map(str, ranks))}"
+    return f"{which} got notice that the machine will be taken away"
 
 
 class Faults:

@@ -11,10 +11,23 @@ from typing import Any
 from torch import Tensor
 
 from pipelines import identity, store
-from pipelines.training.names import OUTCOME, SAMPLES, WEIGHTS
+from pipelines.training.names import OUTCOME, SAMPLES, WEIGHTS, TrainingError
+from pipelines.training.state import TrainState
 from pipelines.training.validation import Measured
 
-__all__ = ["hand_over", "write_outcome"]
+__all__ = ["choices", "hand_over", "write_outcome"]
+
+
+def choices(state: TrainState, export: str) -> dict[str, Mapping[str, Tensor]]:
+    """All weights that could be handed on; TrainingError if the recipe's choice is not among them."""
+    found: dict[str, Mapping[str, Tensor]] = {"last": state.evaluated()}
+    if state.ema is not None:
+        found["ema"] = state.ema.tensors
+    if state.best:
+        found["best"] = state.best
+    if export not in found:
+        raise TrainingError("nothing was the best: no validation gave a number; see the curves, or export: last")
+    return found
 
 
 def hand_over(

@@ -40,6 +40,12 @@ class Ranks:
             dist.all_reduce(values, op=dist.ReduceOp.SUM)
         return values
 
+    def of_all(self, value: int) -> list[int]:
+        """Every rank's integer, by rank. Every rank must call it."""
+        values = torch.zeros(self.world_size, dtype=torch.int64, device=self.device)
+        values[self.rank] = value
+        return [int(each) for each in self.sum(values).tolist()]
+
     def from_rank_zero(self, values: Iterable[int]) -> list[int]:
         """Rank 0's integers, on every rank."""
         shared = torch.tensor(list(values), dtype=torch.int64, device=self.device)

@@ -38,6 +38,7 @@ class Reporter:
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._stop_wanted = False
+        self.make_way: str | None = None  # Why the workers start again at once after this stop.
         self._handed_on: deque[tuple[dict[str, float], int]] = deque()
         self._log: Log | None = None
         self._warned = False
@@ -84,8 +85,10 @@ class Reporter:
             self._flush()
             self._confirm()
             try:
-                if store.exists(store.join(self._attempt_uri, STOP)):
-                    self._stop_wanted = True
+                wish = store.read_json(store.join(self._attempt_uri, STOP))
+                self.make_way, self._stop_wanted = wish.get("again"), True
+            except store.NotFound:
+                pass
             except store.StoreError as error:
                 log.debug("stop request could not be read: %s", error)
         self._send_progress(shown)

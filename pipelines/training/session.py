@@ -19,9 +19,9 @@ from torch import Tensor
 from pipelines import identity, store
 from pipelines.training.checkpoint import Loaded
 from pipelines.training.config import BestConfig, CheckpointConfig
-from pipelines.training.faults import MOST_STARTS, Faults
+from pipelines.training.faults import MOST_STARTS, Faults, say_noticed
 from pipelines.training.forward import Prepare
-from pipelines.training.handover import hand_over, write_outcome
+from pipelines.training.handover import choices, hand_over, write_outcome
 from pipelines.training.heldout import Batches, HeldOut
 from pipelines.training.loop import Hooks, LoopConfig, NotFinite, train
 from pipelines.training.names import TrainingError
@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 MOST_LEFT_OUT = 5  # Steps that were not finite; more are no accident.
 FIXED_AT_START = ("lanes", "window_pages")  # Chosen when a run starts; later starts might choose otherwise.
+NODE_DIGITS = 15  # Of a node's id: what fits an int64.
 FIRST_WINDOW_PAGES = 4  # Of the checkpoints that do not say it.
 
 
@@ -74,15 +75,19 @@ class Session:
         export: Callable[[Path, Mapping[str, Tensor]], None],
         objective: Objective | None = None,
         bad_samples: Callable[[], Mapping[str, int]] | None = None,
+        is_noticed: Callable[[], bool] = lambda: False,
+        node: str = "",
     ) -> None:
         """`training(start_step, order)`, `validation()`, `test()` open this rank's batches.
 
         `export(path, tensors)` writes whole weights as a file; only rank 0 calls it.
         `bad_samples`: this rank's count so far of each reason, the same reasons in the same order on every rank.
+        `is_noticed`: this process was told that it will be ended; `node`: where it runs, hex digits.
         """
         self.config, self.state, self.ranks = config, state, ranks
         self._prepare, self._training, self._export = prepare, training, export
         self._objective, self._bad_samples = objective, bad_samples
+        self._is_noticed, self._node = is_noticed, node[:NODE_DIGITS]
         self._gradients = gradients_of(state, ranks)
         self._reporter = Reporter(config.attempt.uri, open_log) if ranks.rank == 0 else None
         self._saves = Saves(
@@ -107,6 +112,7 @@ class Session:
         self._pieces = Pieces(config.loop.train.per_device_batch_size)
         self._left_out: set[int] = set()
         self._order = dict(config.order)
+        self._ended = False  # As asked, and not by a loss.
         self._latest: dict[str, float] = {}
         self._window_step = 0
         self._images = self._seconds = 0.0
@@ -164,7 +170,8 @@ class Session:
                 f"training started {starts} times from step {step:,} and got no further; {self._faults.say_last()}"
                 "; mend that and run the same command again"
             )
-        if starts > 1 or (attempt == self.config.attempt.number and self.ranks.rank == 0):
+        ended = loaded is not None and loaded.state.get("ended", False)
+        if starts > 1 or (attempt == self.config.attempt.number and self.ranks.rank == 0 and not ended):
             self._note(f"the workers were started again: {self._faults.say_last()}")
         self._window_step = self.state.step
 
@@ -209,8 +216,12 @@ class Session:
             return True
         if loop.train.non_finite == "rollback" and self.state.step == 0:
             self._saves.save()  # Else there is nothing to go back to before the first checkpoint.
+        nodes = self.ranks.of_all(int(self._node or "0", 16))
         if self._reporter is not None:
-            self._reporter.progress(step=self.state.step, metrics={}, pid=os.getpid(), host=socket.gethostname())
+            where = {"pid": os.getpid(), "host": socket.gethostname(), "workers": self.ranks.world_size}
+            if self._node:
+                where["nodes"] = sorted({f"{node:0{NODE_DIGITS}x}" for node in nodes})
+            self._reporter.progress(step=self.state.step, metrics={}, **where)
         while not self._selection.exhausted:
             try:
                 return self._train_on()
@@ -277,7 +288,9 @@ class Session:
         return {f"data/bad/{reason}": count for reason, count in zip(counts, total.tolist(), strict=True) if count}
 
     def _wants_stop(self) -> bool:
-        return self._reporter is not None and (self._reporter.stop_wanted or self._saves.fatal is not None)
+        """Any rank may know of one reason alone: a notice reaches one process, a request rank 0."""
+        asked = self._reporter is not None and self._reporter.stop_wanted
+        return asked or self._saves.fatal is not None or self._is_noticed()
 
     def _after_step(self, state: TrainState) -> None:
         self._watchdog.beat()
@@ -296,27 +309,31 @@ class Session:
             "best": self._selection.to_json(),
             "left_out": sorted(self._left_out),
             "code": identity.code_fingerprint(),
+            "ended": self._ended,
         }
 
     # End ------------------------------------------------------------------------------------------------------------
 
     def _finish(self, finished: bool) -> None:
+        # Collective, so before anything that only one rank may see.
+        noticed = [rank for rank, told in enumerate(self.ranks.of_all(int(self._is_noticed()))) if told]
         if self._saves.fatal is not None:
             self._write_outcome(error=str(self._saves.fatal))
             return
         export = self.config.loop.train.export
         if finished:
-            chosen = self._weights()
+            chosen = choices(self.state, export)
             as_trained = export == "last" and not self.state.averages_itself
             handed_on = {} if as_trained else chosen[export]
             if export != "last" or self.state.step < self.config.loop.total_steps:
                 self._held_out.conclude("val", handed_on)
             self._held_out.conclude("test", handed_on)
+        self._ended = not finished
         self._saves.save()
         self._saves.wait()
         if not finished:
-            if self.ranks.rank == 0:
-                self._write_outcome(stopped=True)
+            if self._reporter is not None:
+                self._write_outcome(stopped=True, again=self._reporter.make_way or say_noticed(noticed))
             return
         whole = {kind: self._gradients.gather(weights) for kind, weights in chosen.items()}  # Collective.
         if self.ranks.rank == 0:
@@ -327,17 +344,6 @@ class Session:
             if self._selection.step is not None:
                 fields["best"] = self._selection.to_json()
             self._write_outcome(**fields, left_out=sorted(self._left_out))
-
-    def _weights(self) -> dict[str, Mapping[str, Tensor]]:
-        """All that could be handed on."""
-        found: dict[str, Mapping[str, Tensor]] = {"last": self.state.evaluated()}
-        if self.state.ema is not None:
-            found["ema"] = self.state.ema.tensors
-        if self.state.best:
-            found["best"] = self.state.best
-        if self.config.loop.train.export not in found:
-            raise TrainingError("nothing was the best: no validation gave a number; see the curves, or export: last")
-        return found
 
     def _write_outcome(self, **fields: Any) -> None:
         latest = self._latest | self._held_out.latest

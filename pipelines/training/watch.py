@@ -14,10 +14,18 @@ from pipelines.identity import Attempt, CannotResume
 from pipelines.progress import say
 from pipelines.training.names import OUTCOME, PROGRESS, STOP, TrainingError
 
-__all__ = ["Outcome", "Watcher", "read_outcome", "stop"]
+__all__ = ["GroupLost", "MadeWay", "Outcome", "Watcher", "ask_to_make_way", "forget_round", "read_outcome", "stop"]
 
 EVERY_SECONDS = 1.0
 STOP_SECONDS = 90.0  # To finish the window under way, store a checkpoint and end the workers.
+
+
+class GroupLost(TrainingError):
+    """The workers ended and left no outcome: lost, not wrong."""
+
+
+class MadeWay(Exception):
+    """The workers have stored a checkpoint and ended, to be started again at once; says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +48,7 @@ class Watcher:
     def __init__(self, attempt: Attempt, update: Callable[..., None]) -> None:
         self._uri = store.join(attempt.uri, PROGRESS)
         self._update = update
-        self._notes = 0
+        self._notes: list[str] = []
         self._read_at = 0.0
         self.latest: dict[str, Any] = {}
 
@@ -55,9 +63,13 @@ class Watcher:
         if latest == self.latest:
             return
         self.latest = latest
-        for note in self.latest.get("notes", ())[self._notes :]:
+        notes = list(self.latest.get("notes", ()))
+        known = (
+            len(self._notes) if notes[: len(self._notes)] == self._notes else 0
+        )  # Workers that start again begin anew.
+        for note in notes[known:]:
             say(note)
-        self._notes = len(self.latest.get("notes", ()))
+        self._notes = notes
         metrics = {**self.latest.get("metrics", {}), **self.latest.get("validation", {})}
         if "step" in self.latest:
             self._update(
@@ -85,13 +97,26 @@ def stop(attempt: Attempt, thread: threading.Thread, watcher: Watcher) -> None:
     )
 
 
+def ask_to_make_way(attempt: Attempt, why: str) -> None:
+    """Ask rank 0 for a checkpoint and an end; `read_outcome` then raises MadeWay."""
+    store.write_json(store.join(attempt.uri, STOP), {"time": time.time(), "again": why})
+
+
+def forget_round(attempt: Attempt) -> None:
+    """What the workers that have ended left for the driver must not be taken for the word of the next."""
+    for name in (OUTCOME, STOP):
+        store.delete(store.join(attempt.uri, name))
+
+
 def read_outcome(attempt: Attempt, failure: BaseException | None) -> Outcome:
     try:
         left = store.read_json(store.join(attempt.uri, OUTCOME))
     except store.NotFound:
-        raise TrainingError(_explain(failure) if failure else "the workers ended and left no result") from failure
+        raise GroupLost(_explain(failure) if failure else "the workers ended and left no result") from failure
     if error := left.get("error"):
         raise (CannotResume if left.get("begin_anew") else TrainingError)(error)
+    if again := left.get("again"):
+        raise MadeWay(again)
     if left.get("stopped"):  # By a stop request that was not this driver's Ctrl-C.
         raise KeyboardInterrupt
     return Outcome(

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import signal
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipelines import identity, pretrain, store
-from pipelines.config import RecipeError, from_dict, load_recipe, packaged_recipes, to_yaml
+from pipelines.config import RecipeError, from_dict, load_recipe, packaged_recipes
 from pipelines.finetune import FinetuneRecipe
 from pipelines.pretrain import PretrainRecipe
 
@@ -107,106 +101,6 @@ def colours(stack_endpoints: Any) -> Iterator[str]:
         patch.setenv(name, value)
     yield write_colours("colours").reference
     patch.undo()
-
-
-def sha256_of_tensors(uri: str) -> dict[str, str]:
-    """Of every tensor, not of the file: safetensors writes its metadata in no fixed order."""
-    from safetensors.numpy import load
-
-    return {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in load(store.read(uri)).items()}
-
-
-def wait_for(what: Callable[[], Any], seconds: float = 240.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := what():
-            return found
-        time.sleep(0.2)
-    raise AssertionError("waited in vain")
-
-
-def progress(place: str, attempt: int) -> dict[str, Any]:
-    try:
-        return dict(store.read_json(store.join(place, "attempts", str(attempt), "progress.json")))
-    except store.NotFound:
-        return {}
-
-
-def points(run_id: str, key: str) -> list[int]:
-    from mlflow.tracking import MlflowClient
-
-    return [metric.step for metric in MlflowClient().get_metric_history(run_id, key)]
-
-
-def place_of(given: PretrainRecipe, corpus: str) -> str:
-    digest = identity.digest_of(pretrain.STAGE, pretrain.VERSION, given, {"corpus": corpus.rpartition("@")[2]})
-    place = store.join(identity.runs(), "pretrain", digest)
-    for item in list(store.list_objects(place)):  # Of an earlier test run on a kept stack.
-        store.delete(item.uri)
-    return place
-
-
-@pytest.mark.stack
-def test_a_killed_worker_changes_nothing_in_the_weights(stack: Any, colours: str) -> None:
-    from vit_model import load_model
-
-    given = recipe(colours, train={"batch_size": 16, "total_steps": 240}, checkpoint={"every_steps": 20})
-    results: list[identity.StageResult] = []
-    place = place_of(given, colours)
-    thread = threading.Thread(target=lambda: results.append(pretrain.run(given)), daemon=True)
-    thread.start()
-    seen = wait_for(lambda: (found := progress(place, 1)).get("checkpoint", 0) >= 40 and found)
-    os.kill(seen["pid"], signal.SIGKILL)
-    thread.join(200)
-    assert results, "the run did not end"
-    killed = results[0]
-    assert len(store.read_json(store.join(place, "attempts/1/starts.json"))) == 2, "the kill came too late to matter"
-    assert killed.metrics["test/top1"] > 0.9 and killed.run_id is not None
-    assert points(killed.run_id, "train/loss") == list(range(5, 241, 5))
-
-    token = identity.AGAIN.set(True)
-    try:
-        whole = pretrain.run(given)
-    finally:
-        identity.AGAIN.reset(token)
-    assert sha256_of_tensors(whole.uri) == sha256_of_tensors(killed.uri) and whole.uri != killed.uri
-
-    path = store.download(whole.uri, Path(os.environ["VIT_STATE"]) / "test-weights.safetensors")
-    assert load_model(path).config.resolution == 16
-    path.unlink()
-    assert pretrain.run(given).reused
-
-
-@pytest.mark.stack
-def test_ctrl_c_then_kill_9_then_the_same_command_finishes(stack: Any, colours: str, tmp_path: Path) -> None:
-    given = recipe(colours, seed=1, train={"batch_size": 16, "total_steps": 2000}, checkpoint={"every_steps": 50})
-    path = tmp_path / "recipe.yaml"
-    path.write_text(to_yaml(given))
-    place = place_of(given, colours)
-    command = [sys.executable, "-m", "pipelines", "pretrain", str(path)]
-
-    def start() -> subprocess.Popen[str]:
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-    first = start()
-    wait_for(lambda: progress(place, 1).get("step", 0) >= 60)
-    first.send_signal(signal.SIGINT)
-    output = first.communicate(timeout=200)[0]
-    assert first.returncode == 130, output
-    assert "the same command resumes at step" in output
-
-    second = start()
-    wait_for(lambda: progress(place, 2).get("checkpoint", 0) >= 150)
-    second.kill()
-    second.communicate()
-
-    third = start()
-    output = third.communicate(timeout=200)[0]
-    assert third.returncode == 0, output
-    assert "resumed from the checkpoint at step" in output
-    result = identity.find_result("pretrain", place.rpartition("/")[2])
-    assert result is not None and result.run_id is not None
-    assert points(result.run_id, "train/loss") == list(range(5, 2001, 5))
 
 
 @pytest.mark.stack

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -23,6 +24,7 @@ from pipelines.training.names import FAULT, OUTCOME, PROGRESS, SAMPLES, STOP, WE
 from pipelines.training.parallel import Ranks
 from pipelines.training.session import Session, SessionConfig
 from pipelines.training.state import TrainState
+from pipelines.training.watch import GroupLost, MadeWay, ask_to_make_way, forget_round, read_outcome
 from tests.pipelines.training.tiny import CLASSES, TinyModel, make_batch, make_config, prepare
 
 STEPS = 20
@@ -80,6 +82,7 @@ def session(
     best: BestConfig | None = None,
     batch_of: Callable[[int], Batch] = make_batch,
     bad_samples: Callable[[], dict[str, int]] | None = None,
+    is_noticed: Callable[[], bool] = lambda: False,
 ) -> Session:
     loop = make_config(STEPS, validate_every_steps=8)
     loop = dataclasses.replace(loop, train=dataclasses.replace(loop.train, **(train or {})))
@@ -118,6 +121,7 @@ def session(
         open_log=lambda: nullcontext(Tracking(points)),
         export=lambda path, tensors: save_file(dict(tensors), path),
         bad_samples=bad_samples,
+        is_noticed=is_noticed,
     )
 
 
@@ -222,13 +226,37 @@ def test_a_stop_request_ends_with_a_checkpoint_of_that_very_step(place: Place) -
 
 
 def test_a_stop_object_of_the_driver_reaches_the_loop(place: Place) -> None:
-    import time
-
     attempt = place.attempt(1)
     store.write_json(store.join(attempt.uri, STOP), {})
     one = session(attempt, until=lambda step: time.sleep(0.15))
     one.run()
     assert place.read(1, OUTCOME)["stopped"] and place.read(1, OUTCOME)["step"] < STEPS
+
+
+def test_workers_that_make_way_say_why_and_lose_no_step(place: Place) -> None:
+    attempt = place.attempt(1)
+    ask_to_make_way(attempt, "there is room for 3 workers instead of 2")
+    session(attempt, until=lambda step: time.sleep(0.15)).run()
+    stopped = place.read(1, OUTCOME)["step"]
+    with pytest.raises(MadeWay, match="there is room for 3 workers instead of 2"):
+        read_outcome(attempt, None)
+    forget_round(attempt)
+    with pytest.raises(GroupLost, match="left no result"):
+        read_outcome(attempt, None)
+    seen: list[int] = []
+    session(attempt, until=seen.append).run()  # Of the same attempt: nobody has to ask for it again.
+    assert seen[0] == stopped < STEPS
+    assert read_outcome(attempt, None).step == STEPS
+    assert place.read(1, PROGRESS)["notes"] == [f"resumed from the checkpoint at step {stopped} (attempt 1)"]
+
+
+def test_a_notice_to_the_process_ends_in_a_checkpoint_of_that_window(place: Place) -> None:
+    attempt = place.attempt(1)
+    one = session(attempt, is_noticed=lambda: True)
+    one.run()
+    assert place.read(1, OUTCOME)["step"] == 4
+    with pytest.raises(MadeWay, match="worker 0 got notice that the machine will be taken away"):
+        read_outcome(attempt, None)
 
 
 def test_an_attempt_that_lost_its_lease_stops_and_commits_nothing(place: Place) -> None:

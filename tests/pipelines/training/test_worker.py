@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipelines import identity, store
+from pipelines.reader.loader import ReaderConfig
 from pipelines.training import worker
 from pipelines.training.config import WorkerConfig
 from pipelines.training.names import TrainingError
@@ -43,11 +45,11 @@ def test_a_final_error_of_rank_one_does_not_leave_rank_zero_waiting(
     assert waited < 45, "the collective's own limit is 600 s"
 
 
+@dataclass
 class Job:
     """What `launch` itself needs of a job."""
 
-    total_steps = 10
-    workers = WorkerConfig()
-
-    def __init__(self, attempt: identity.Attempt) -> None:
-        self.attempt = attempt
+    attempt: identity.Attempt
+    total_steps: int = 10
+    workers: WorkerConfig = field(default_factory=WorkerConfig)
+    reader: ReaderConfig = field(default_factory=ReaderConfig)
