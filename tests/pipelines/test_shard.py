@@ -26,6 +26,7 @@ from pipelines.corpus.manifest import Corpus, open_corpus
 from pipelines.corpus.small import write_corpus
 from pipelines.identity import digest_of
 from pipelines.shard import ShardRecipe, make_corpus
+from pipelines.store.local import TEMPORARY
 
 from .corpus.inputs import animation, class_folders, idx_folder, picture, png_header, tar_folder
 
@@ -104,6 +105,7 @@ KILLED = """
 import sys
 from pipelines.config import from_dict
 from pipelines.shard import ShardRecipe, make_corpus
+from pipelines.store.local import TEMPORARY
 values = {"source": sys.argv[1], "destination": sys.argv[2], "shard_bytes": 3000, "num_workers": 0}
 make_corpus(from_dict(ShardRecipe, values))
 """
@@ -132,7 +134,7 @@ def test_killed_at_any_moment_nothing_half_written_shows_and_the_same_command_en
         assert tar.stat().st_mtime_ns == tars[tar]
     whole = make_corpus(recipe(source, tmp_path / "whole"))
     assert corpus.digest == whole.digest and files_of(base) == files_of(tmp_path / "whole")
-    assert not [path for path in base.rglob("*") if store.TEMPORARY in path.name and path.suffix == ".json"]
+    assert not [path for path in base.rglob("*") if TEMPORARY in path.name and path.suffix == ".json"]
 
 
 def test_killed_at_random_moments_again_and_again_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
