@@ -277,6 +277,7 @@ def _manifest(images: int, answer: Any) -> None:
                     "page_length": pa.ListArray.from_arrays(ends, pa.array(lengths)),
                     "page_rows": pa.ListArray.from_arrays(ends, pa.array(rows)),
                     "page_offset": pa.nulls(count, pa.list_(pa.int64())),
+                    "etag": pa.array([hashlib.md5(b"%d" % number).hexdigest() for number in numbers]),
                     "uri": pa.nulls(count, pa.string()),
                     "times": pa.array(np.ones(count, np.int32)),
                     "rows": pa.array([""] * count),

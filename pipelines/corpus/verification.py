@@ -120,15 +120,21 @@ def stray_tars(corpus: Corpus) -> tuple[list[Finding], int]:
 
 
 def check_shard(item: Mapping[str, Any], reference: str, deep: bool) -> dict[str, Any]:
-    """`item` names the shard by number. Returns {findings, counts, sha256, samples, bytes}; never raises for damage."""
+    """`item` names the shard by number. Returns {findings, counts, sha256, samples, bytes, written_again}.
+
+    Never raises for damage. `written_again`: the bytes are right, the ETag is not the one that the writer saw.
+    """
     corpus = _corpus(reference)
     shard = int(item["shard"])
     row = {name: corpus.table[name][shard].as_py() for name in corpus.table.column_names}
     found = _Found()
     sha256, samples, size = "", 0, 0
+    written_again = False
     try:
         info = store.stat(corpus.shard_uri(shard))
         size = info.size
+        # An adopted local tar was listed without its inode.
+        written_again = row.get("etag") is not None and not f"{info.etag}-".startswith(f"{row['etag']}-")
         if size != row["bytes"]:
             found.add("size", f"{size:,} bytes, the manifest says {row['bytes']:,}")
         sha256, samples = _check_bytes(corpus, shard, row, info, deep, found)
@@ -139,14 +145,22 @@ def check_shard(item: Mapping[str, Any], reference: str, deep: bool) -> dict[str
     except ManifestError as error:
         found.add("rows", str(error))
     if sha256 and sha256 != row["sha256"]:
-        found.add("sha256", f"{sha256[:12]}, the manifest says {row['sha256'][:12]}")
+        found.add("sha256", f"{sha256[:12]}, the manifest says {row['sha256'][:12]}{_blame(row, written_again)}")
     return {
         "findings": found.findings,
         "counts": dict(found.counts),
         "sha256": sha256,
         "samples": samples,
         "bytes": size,
+        "written_again": written_again and not found.counts,
     }
+
+
+def _blame(row: Mapping[str, Any], written_again: bool) -> str:
+    """Who changed the bytes, as the ETag tells it."""
+    if row.get("etag") is None:
+        return ""
+    return "; the ETag is another one too: it was written over" if written_again else "; under its old ETag: bit rot"
 
 
 @lru_cache(maxsize=2)

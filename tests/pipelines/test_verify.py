@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -51,7 +52,35 @@ def test_a_clean_corpus_is_clean(deep: bool, corpus: Corpus) -> None:
     verdict = check(Path(corpus.uri), deep=deep)
     assert verdict.findings == [] and verdict.counts == {}
     assert (verdict.samples, verdict.shards) == (corpus.head.samples, corpus.head.shards)
-    assert verdict.bytes == corpus.head.bytes
+    assert verdict.bytes == corpus.head.bytes and verdict.written_again == 0
+
+
+def test_a_tar_that_was_written_again_is_told_from_one_that_was_written_over_and_from_rot(corpus: Corpus) -> None:
+    place = tar(corpus)
+    times = place.stat().st_mtime_ns
+    place.write_bytes(place.read_bytes())
+    os.utime(place, ns=(times + 1000, times + 1000))
+    verdict = check(Path(corpus.uri))
+    assert verdict.counts == {} and verdict.written_again == 1
+    flip_image_byte(corpus)
+    os.utime(place, ns=(times + 1000, times + 1000))
+    (over,) = [finding for finding in check(Path(corpus.uri)).findings if finding.kind == "sha256"]
+    assert "it was written over" in over.detail
+    os.utime(place, ns=(times, times))
+    (rot,) = [finding for finding in check(Path(corpus.uri)).findings if finding.kind == "sha256"]
+    assert "under its old ETag" in rot.detail
+
+
+def test_a_grown_corpus_keeps_the_etags_of_its_tars(corpus: Corpus) -> None:
+    from pipelines.corpus.grow import exclude
+
+    key = corpus.samples("train")["key"][0].as_py()
+    grown = exclude(corpus.reference, [key])
+    assert (
+        set(grown.table["etag"].to_pylist()) == set(corpus.table["etag"].to_pylist())
+        and grown.table["etag"].null_count == 0
+    )
+    assert check(Path(corpus.uri)).counts == {}
 
 
 def flip_image_byte(corpus: Corpus) -> None:
