@@ -44,13 +44,13 @@ class IndexRecipe(Strict):
     validate: Literal["header", "decode"] = "decode"  # How far each image is looked at.
     max_bad_fraction: float = 0.01  # Fail when more samples than this are bad.
     damaged: Literal["fail", "keep"] = "fail"  # A tar that breaks off: an error, or its samples up to there.
-    num_workers: int | None = how(default=None)  # Tars scanned at a time; null: one a CPU of the cluster; 0: no Ray.
+    num_workers: int | None = how(default=None)  # Tars scanned at a time; null: two a CPU of the cluster; 0: no Ray.
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction={self.max_bad_fraction} is not between 0 and 1")
         if self.num_workers is not None and self.num_workers < 0:
-            raise ValueError(f"num_workers={self.num_workers} is below 0; leave it out for one per CPU")
+            raise ValueError(f"num_workers={self.num_workers} is below 0; leave it out for two per CPU")
         if not self.split.isidentifier() or self.split != self.split.lower():
             raise ValueError(f"split={self.split!r} is no split name; lower-case letters, digits and '_'")
         if self.classes is not None and len(set(self.classes)) < max(2, len(self.classes)):

@@ -18,12 +18,11 @@ from pipelines.identity import Attempt, StageResult
 from pipelines.progress import progress, say
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from pipelines.corpus.commit import ShardRecord
+    from pipelines.corpus.entries import Entries
     from pipelines.corpus.manifest import Corpus, Head
-    from pipelines.corpus.plan import Plan
-    from pipelines.corpus.sources import Entries, Source
+    from pipelines.corpus.plan import Listing, Plan
+    from pipelines.corpus.sources import Source
 
 __all__ = ["STAGE", "VERSION", "ShardRecipe", "make_corpus", "run", "write_shards"]
 
@@ -50,7 +49,7 @@ class ShardRecipe(Strict):
     jpeg: Literal["keep", "tiled"] = "keep"  # tiled: restart markers, so that readers decode less; same pixels.
     max_bad_fraction: float = 0.01  # Fail when more images than this are bad.
     append: bool = False  # Add what is new to the current version of the destination, as its next one.
-    num_workers: int | None = how(default=None)  # Shards made at a time; null: one a CPU of the cluster; 0: no Ray.
+    num_workers: int | None = how(default=None)  # Shards made at a time; null: two a CPU of the cluster; 0: no Ray.
 
     def __post_init__(self) -> None:
         if self.shard_bytes < 1:
@@ -58,7 +57,7 @@ class ShardRecipe(Strict):
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction={self.max_bad_fraction} is not between 0 and 1")
         if self.num_workers is not None and self.num_workers < 0:
-            raise ValueError(f"num_workers={self.num_workers} is below 0; leave it out for one per CPU")
+            raise ValueError(f"num_workers={self.num_workers} is below 0; leave it out for two per CPU")
         if self.splits is not None:
             self._check_splits(self.splits)
         if self.classes is not None:
@@ -150,7 +149,7 @@ def make_corpus(
 def write_shards(
     recipe: ShardRecipe,
     plan: Plan | None = None,
-    listing: pa.Table = None,
+    listing: Listing | None = None,
     *,
     keep: bool = True,
     before_build: Callable[[Plan], None] = lambda plan: None,
@@ -167,6 +166,7 @@ def write_shards(
         planned = _plan(recipe, open_source(recipe.source), base, None)
         assert planned is not None
         plan, listing = planned
+    assert listing is not None
     total = plan.samples + len(plan.rejected)
     check_fraction(plan.rejected, total, recipe.max_bad_fraction)
     freeze(plan, listing)
@@ -222,13 +222,14 @@ def _entries(recipe: ShardRecipe, source: Source, parent: Corpus | None) -> tupl
     old = parent.class_names
     if entries.class_names is not None and entries.class_names[: len(old)] != old:
         raise CorpusError(f"{recipe.source} names its classes otherwise than {parent.reference}; names must agree")
-    named = (label for one in entries.label for label in (one if entries.multi_label else [one]))
-    found = recipe.classes or entries.class_names or tuple(sorted({label for label in named if isinstance(label, str)}))
+    found = (
+        recipe.classes or entries.class_names or tuple(sorted(name for name in entries.labels if isinstance(name, str)))
+    )
     entries.class_names = None
     return entries, (*old, *(name for name in found if name not in old))
 
 
-def _plan(recipe: ShardRecipe, source: Source, base: str, parent: Corpus | None) -> tuple[Plan, pa.Table] | None:
+def _plan(recipe: ShardRecipe, source: Source, base: str, parent: Corpus | None) -> tuple[Plan, Listing] | None:
     """The plan and its listing; None if the parent has everything."""
     from dataclasses import asdict
 
@@ -303,18 +304,20 @@ def _point_to(reference: str) -> None:
 
 def _build(plan: Plan, num_workers: int | None, keep: bool) -> Iterator[tuple[ShardRecord, bool]]:
     """Every shard of the plan: in order in this process, or as Ray Data finishes them."""
+    from pipelines.corpus.build import finished_numbers
     from pipelines.corpus.commit import ShardRecord
     from pipelines.corpus.parallel import map_items
 
-    items = [{"number": shard.number} for shard in plan.shards]
-    for _, done in map_items(_build_one, items, plan.uri, keep, num_workers=num_workers):
+    known = finished_numbers(plan) if keep else frozenset[int]()
+    items = [{"number": shard.number, "keep": shard.number in known} for shard in plan.shards]
+    for _, done in map_items(_build_one, items, plan.uri, num_workers=num_workers):
         yield ShardRecord.from_json(done["record"]), done["reused"]
 
 
-def _build_one(item: Mapping[str, Any], plan_uri: str, keep: bool) -> dict[str, Any]:
+def _build_one(item: Mapping[str, Any], plan_uri: str) -> dict[str, Any]:
     from pipelines.corpus.build import build_shard
 
-    record, reused = build_shard(plan_uri, item["number"], keep=keep)
+    record, reused = build_shard(plan_uri, item["number"], keep=item["keep"])
     return {"record": record.to_json(), "reused": reused}
 
 

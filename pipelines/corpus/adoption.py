@@ -36,6 +36,7 @@ __all__ = [
     "list_tars",
     "name_labels",
     "point_to",
+    "scan_id",
     "scan_one",
     "shard_records",
     "shared_keys",
@@ -105,7 +106,7 @@ def split_of(path: str, default: str) -> str:
 
 def scan_one(item: Mapping[str, Any], scans: str, decode: bool, keep: bool) -> dict[str, Any]:
     """Scan the tar of `item` (a SourceFile and its split), or take over its record. Returns {scan, reused}."""
-    place = store.join(scans, _scan_id(item))
+    place = store.join(scans, scan_id(item))
     if keep:
         try:
             record = ScannedTar.from_json(store.read_json(f"{place}.json"))
@@ -121,7 +122,8 @@ def scan_one(item: Mapping[str, Any], scans: str, decode: bool, keep: bool) -> d
     return {"place": place, "scan": record.to_json(), "reused": False}
 
 
-def _scan_id(item: Mapping[str, Any]) -> str:
+def scan_id(item: Mapping[str, Any]) -> str:
+    """Names what a scan found in a tar of this path, size, ETag and split."""
     named = "\0".join(str(item[name]) for name in ("path", "size", "etag", "split"))
     return hashlib.sha256(named.encode("utf-8", "surrogateescape")).hexdigest()[:24]
 

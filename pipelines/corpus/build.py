@@ -23,7 +23,7 @@ from pipelines.corpus.resize import ResizeConfig, shrink
 from pipelines.corpus.tar import ShardContent, ShardWriter, sample_key
 from pipelines.corpus.tiled import tile_jpeg
 
-__all__ = ["Made", "build_shard", "finished_record", "make_shard", "store_shard"]
+__all__ = ["Made", "build_shard", "finished_numbers", "finished_record", "make_shard", "store_shard"]
 
 log = logging.getLogger(__name__)
 IN_MEMORY = 512 << 20  # Source bytes of a shard; a larger one is put together on disk.
@@ -107,6 +107,12 @@ def store_shard(made: Made) -> ShardRecord:
     )
     store.write_json(_record_uri(plan, made.number), record.to_json())
     return record
+
+
+def finished_numbers(plan: Plan) -> frozenset[int]:
+    """Shards that left a record; whether their tars still stand is seen shard by shard."""
+    found = (info.uri.rpartition("/")[2] for info in store.list_objects(store.join(plan.uri, "shards")))
+    return frozenset(int(name.removesuffix(".json")) for name in found if name.endswith(".json"))
 
 
 def finished_record(plan: Plan, number: int) -> ShardRecord | None:

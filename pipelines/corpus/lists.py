@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import store
+from pipelines.corpus.entries import Entries
 from pipelines.corpus.errors import SourceError
 from pipelines.corpus.fetch import read_source
 from pipelines.corpus.listing import SourceFile, local_etag
-from pipelines.corpus.sources import SPLIT_NAMES, Entries
+from pipelines.corpus.sources import SPLIT_NAMES
 
 __all__ = ["is_list", "list_entries", "list_files_of"]
 

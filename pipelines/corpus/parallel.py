@@ -14,6 +14,7 @@ from pipelines.corpus.errors import CorpusError
 
 __all__ = ["map_items"]
 
+CPUS = 0.5  # Of a task: while one waits for the store, another that shares its CPU works.
 MAX_TASKS = 2048  # Tasks of one execution; with more items than that a task takes several.
 Work = Callable[..., Mapping[str, Any]]
 
@@ -23,7 +24,7 @@ def map_items(
 ) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Number of an item and `work(item, *arguments)` for it, as they are done.
 
-    Items and results are JSON objects; `work` can be pickled. `num_workers`: items at a time, None: one a CPU of the
+    Items and results are JSON objects; `work` can be pickled. `num_workers`: items at a time, None: two a CPU of the
     cluster, 0: in this process, in order, without Ray. Raises the first CorpusError, StoreError or OSError of the work.
     """
     if num_workers == 0:
@@ -45,7 +46,7 @@ def map_items(
     cuts = [len(items) * i // tasks for i in range(tasks + 1)]
     blocks = [table.slice(low, high - low) for low, high in pairwise(cuts)]
     done = ray.data.from_arrow(blocks).map_batches(
-        _run_batch, fn_args=(work, arguments), batch_size=None, concurrency=num_workers
+        _run_batch, fn_args=(work, arguments), batch_size=None, num_cpus=CPUS, concurrency=num_workers
     )
     for row in done.iter_rows():
         if row["error"]:

@@ -89,7 +89,6 @@ class Records:
             None if offsets == _starts(lengths) else offsets
             for offsets, lengths in zip(columns["page_offset"], columns["page_length"], strict=True)
         ]
-        columns["etag"] = [etag or None for etag in columns["etag"]]
         self._batches.append(pa.table({name: pa.array(columns[name], kind) for name, kind in _types().items()}))
         self._open = []
 
@@ -120,7 +119,7 @@ def shard_pieces(
     `times` is there if not every sample comes once.
     """
     names = ["name", "split", "bytes", "samples", "sha256", "page_offset", "page_length", "page_rows"]
-    names += [name for name in ("uri", "etag") if ordered[name].null_count < ordered.num_rows]
+    names += ["uri"] if ordered["uri"].null_count < ordered.num_rows else []
     names += ["times"] if times is not None else []
     if columns is not None:
         if not set(columns) <= set(names):
@@ -174,7 +173,6 @@ def _types() -> dict[str, pa.DataType]:
         "bytes": pa.int64(),
         "samples": pa.int32(),
         "sha256": pa.string(),
-        "etag": pa.string(),
         "page_length": pa.list_(pa.uint32()),
         "page_rows": pa.list_(pa.uint16()),
         "page_offset": pa.list_(pa.int64()),

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pipelines import store
+from pipelines.corpus.entries import Entries
 from pipelines.corpus.errors import SourceError
 from pipelines.corpus.fetch import read_source
 from pipelines.corpus.images import ImageRejected
@@ -22,7 +23,7 @@ from pipelines.corpus.listing import SourceFile
 from pipelines.corpus.parallel import map_items
 from pipelines.corpus.quarantine import Rejected
 from pipelines.corpus.ranged import RangedFile
-from pipelines.corpus.sources import SPLIT_NAMES, Entries, split_from_name
+from pipelines.corpus.sources import SPLIT_NAMES, split_from_name
 
 __all__ = ["tar_entries"]
 
@@ -43,8 +44,8 @@ def tar_entries(files: Sequence[SourceFile], num_workers: int | None = 0) -> Ent
     tars = [file for file in files if file.path.endswith(".tar")]
     entries.ignored["other"] = len(files) - len(tars)
     for part in _scanned(tars, num_workers):
-        for name in COLUMNS:
-            getattr(entries, name).extend(part[name])
+        for row in zip(*(part[name] for name in COLUMNS), strict=True):
+            entries.add(*row)
         entries.rejected += [Rejected(**item) for item in part["rejected"]]
         entries.ignored.update(part["ignored"])
     entries.ignored += type(entries.ignored)()  # Drops zeros.
@@ -63,7 +64,7 @@ def _scanned(tars: Sequence[SourceFile], num_workers: int | None) -> Iterator[Ma
 
 def _scan(item: Mapping[str, Any]) -> dict[str, Any]:
     found = _one_tar(SourceFile(**item))
-    columns = {name: getattr(found, name) for name in COLUMNS}
+    columns = {name: list(getattr(found, name)) for name in COLUMNS}
     return columns | {"rejected": [asdict(one) for one in found.rejected], "ignored": dict(found.ignored)}
 
 

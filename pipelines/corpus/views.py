@@ -47,7 +47,7 @@ def write_view(base: str, parts: Sequence[Part], described: Description, rejecte
     table = pa.concat_tables(shards)
     if not table.num_rows:
         raise CorpusError("nothing is left: no sample comes at all")
-    for column in ("uri", "times", "etag"):
+    for column in ("uri", "times"):
         if table[column].null_count == table.num_rows:
             table = table.drop_columns([column])
 
@@ -81,9 +81,7 @@ def _shards(base: str, part: Part, split: str, sources: dict[SourceVersion, int]
     plain = corpus.table.select(list(PLAIN)).take(pa.array(taken, pa.int64()))
     for name, kind in (("uri", pa.string()), ("source", pa.int32()), ("times", pa.binary())):
         plain = plain.append_column(name, pa.array(columns[name], kind))
-    known = "etag" in corpus.table.column_names
-    etags = corpus.table["etag"].take(pa.array(taken, pa.int64())) if known else pa.nulls(len(taken), pa.string())
-    return plain.append_column("etag", etags)
+    return plain
 
 
 def _packed(times: NDArray[np.uint8] | None) -> bytes | None:

@@ -164,7 +164,7 @@ def _records(corpus: Corpus) -> list[object]:
     records = []
     for number, row in enumerate(corpus.table.to_pylist()):
         rows = f"rows/{row['name'].removesuffix('.tar')}.parquet"
-        records.append(ShardRecord(number=number, rows=rows, **row))
+        records.append(ShardRecord(number=number, etag="", rows=rows, **row))
     return records
 
 
