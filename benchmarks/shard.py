@@ -4,9 +4,10 @@
 
 Loose JPEG photos on local disk go to the embedded object store, on a warm Ray cluster, timed from `run()` to the
 manifest. The bare loop is two processes that read, hash and PUT the same bytes in objects of one shard's size; with
-`decode` they also decode each photo. Rounds are interleaved; a ratio is the median over the rounds. The last line is one
-JSON object {claim: number}: `vs_bare_loop` is the lower of header and decode, `memory_growth` the peak at ten times the
-input over the peak at once.
+`decode` they also decode each photo. Rounds are interleaved; a ratio is the median over the rounds.
+
+The last line is one JSON object {claim: number}: `vs_bare_loop` is the lower of header and decode, `memory_growth` the
+peak at ten times the input over the peak at once.
 """
 
 from __future__ import annotations

@@ -218,7 +218,7 @@ def _entries(recipe: ShardRecipe, source: Source, parent: Corpus | None) -> tupl
     entries = source.entries(min_classes=2 if parent is None else 1, num_workers=recipe.num_workers)
     if parent is None:
         return entries, recipe.classes
-    entries = only_new(entries, parent)
+    entries = only_new(entries, parent, source.kind)
     old = parent.class_names
     if entries.class_names is not None and entries.class_names[: len(old)] != old:
         raise CorpusError(f"{recipe.source} names its classes otherwise than {parent.reference}; names must agree")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from pipelines import store
+from pipelines.corpus.changed import check_unchanged
 from pipelines.corpus.commit import Description, current_etag, make_current
 from pipelines.corpus.entries import Entries
 from pipelines.corpus.errors import CorpusError
@@ -85,8 +86,8 @@ def _without(times: np.ndarray, row: int) -> np.ndarray:
     return times
 
 
-def only_new(entries: Entries, parent: Corpus) -> Entries:
-    """The entries whose paths the parent does not have yet; the others are counted."""
+def only_new(entries: Entries, parent: Corpus, kind: str) -> Entries:
+    """The entries whose paths the parent does not have yet. The others are counted; CorpusError if one has changed."""
     if entries.multi_label != parent.head.multi_label:
         kinds = ["one label an image", "a list of labels an image"]
         raise CorpusError(
@@ -99,6 +100,8 @@ def only_new(entries: Entries, parent: Corpus) -> Entries:
         for table in tar_rows(parent, split, ["key"])
     ]
     new = ~np.isin(np.frombuffer(entries.keys, np.uint64), np.concatenate(there))
+    if not new.all():
+        check_unchanged(entries, np.flatnonzero(~new), parent, kind)
     entries.ignored["in_parent"] = len(entries) - int(new.sum())
     return entries.where(new)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any
 from pipelines import store
 from pipelines.corpus.adopt import IMAGE_EXTENSIONS
 from pipelines.corpus.adoption import scan_id
+from pipelines.corpus.changed import SHARD_NAME
 from pipelines.corpus.checks import check_image
 from pipelines.corpus.errors import ManifestError
 from pipelines.corpus.images import MAX_FILE_BYTES, ImageRejected
@@ -40,7 +40,6 @@ PROBLEMS = {
     "image": "the image cannot be read, or has another size than the table says",
     "stray": "a tar that no version lists and no unfinished run planned",
 }
-SHARD_NAME = re.compile(r"-([0-9a-f]{12})-([0-9]{6,})\.tar$")  # The plan that made it, and its number there.
 BLAME = {
     True: "; under its old ETag: the store gives other bytes than it took",
     False: "; its ETag is another one too: it was written over",
