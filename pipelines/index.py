@@ -176,6 +176,7 @@ def adopt_tars(
             source=listing.base,
             recipe={"stage": STAGE, **_deciding(recipe)},
             tables={"anomalies": anomaly_table(listed)},
+            multi_label=any(scan.multi_label for scan in scans),
         )
         corpus = point_to(corpus, records)
     adopted = Adopted(corpus, counts, listed, reused)

@@ -18,8 +18,9 @@ from pipelines import store
 from pipelines.corpus.errors import SourceError
 from pipelines.corpus.texts import Texts
 
-__all__ = ["Files", "SourceFile", "is_hidden", "list_files", "listing_digest", "local_etag"]
+__all__ = ["PACKED", "Files", "SourceFile", "is_hidden", "list_files", "listing_digest", "local_etag", "packed_hint"]
 
+PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 IGNORED_NAMES = frozenset({"Thumbs.db", "desktop.ini", "__MACOSX"})
 
 
@@ -73,6 +74,10 @@ def local_etag(status: os.stat_result) -> str:
     return f"{status.st_size}-{status.st_mtime_ns}"
 
 
+def packed_hint(path: str) -> str:
+    return f"{path} is compressed: no range of it can be read, unpack it (gunzip, zstd -d)"
+
+
 def is_hidden(path: str) -> bool:
     return any(part.startswith(".") or part in IGNORED_NAMES for part in path.split("/"))
 
@@ -94,7 +99,7 @@ def list_files(source: str) -> tuple[Files, dict[str, int]]:
 
 def _bucket(source: str, ignored: Counter[str]) -> Iterator[SourceFile]:
     source = source.rstrip("/")
-    if source.endswith(".tar"):
+    if source.endswith((".tar", *PACKED)):
         try:
             info = store.stat(source)
         except store.NotFound as error:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pipelines.corpus.entries import Entries
 from pipelines.corpus.errors import SourceError
-from pipelines.corpus.listing import SourceFile, list_files, listing_digest
+from pipelines.corpus.listing import PACKED, SourceFile, list_files, listing_digest, packed_hint
 
 __all__ = ["Entries", "Source", "open_source", "split_from_name"]
 
@@ -92,6 +92,8 @@ def open_source(uri: str) -> Source:
     if len(present) > 1:
         raise SourceError(f"source {uri} holds {' and '.join(present)}; point it at a folder with one kind of them")
     if not present:
+        if packed := next((file.path for file in files if file.path.lower().endswith(PACKED)), ""):
+            raise SourceError(f"source {uri} holds no image and no .tar; {packed_hint(packed)}")
         shown = ", ".join(file.path for file in files[:3])
         raise SourceError(
             f"source {uri} holds no image: {len(files):,} other files such as {shown};"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from pipelines.corpus.changed import SHARD_NAME
 from pipelines.corpus.checks import check_image
 from pipelines.corpus.errors import ManifestError
 from pipelines.corpus.images import MAX_FILE_BYTES, ImageRejected
-from pipelines.corpus.labels import LABEL_BYTES, read_label
+from pipelines.corpus.labels import LABEL_BYTES, parse_labels, read_label
 from pipelines.corpus.manifest import Corpus, open_corpus
 from pipelines.corpus.members import Member, TarStream
 from pipelines.corpus.rows import shard_rows
@@ -301,13 +300,12 @@ class _Held:
 
     def _check_label(self, row: Mapping[str, Any], members: Mapping[str, bytes]) -> None:
         label: Any
+        label = read_label(members.get("cls"), members.get("json"))
+        label = self._numbers.get(label, label) if isinstance(label, str) else label
+        wanted = row.get("label")
         if row.get("labels") is not None:
-            try:
-                label, wanted = json.loads(members.get("json", b"null"))["labels"], row["labels"]
-            except (ValueError, KeyError, TypeError):
-                label, wanted = None, row["labels"]
-        else:
-            label, wanted = read_label(members.get("cls"), members.get("json")), row["label"]
-            label = self._numbers.get(label, label) if isinstance(label, str) else label
+            several = parse_labels(members.get("json", b"")) if label is None else (label,)
+            named = [self._numbers.get(one, -1) if isinstance(one, str) else one for one in several or ()]
+            label, wanted = sorted(named), row["labels"]
         if label != wanted:
             self._found.add("label", f"sample {row['key']} has {label!r}, the table says {wanted!r}")
