@@ -23,6 +23,7 @@ from pipelines.corpus.commit import ShardRecord, order_splits, write_table
 from pipelines.corpus.errors import SourceError
 from pipelines.corpus.fetch import read_source
 from pipelines.corpus.images import ImageRejected
+from pipelines.corpus.labels import MAX_CLASSES
 from pipelines.corpus.listing import PACKED, SourceFile, list_files, listing_digest, packed_hint
 from pipelines.corpus.manifest import Corpus, manifest_uri, open_corpus, read_table
 from pipelines.corpus.scanned import ScannedTar
@@ -167,6 +168,11 @@ def name_labels(
             {} if all(own == new for own, new in change.items()) else change for change in changes
         ]
     high = max(numbers, default=-1)
+    if high >= MAX_CLASSES:
+        tar = next(tar.path for tar, scan in zip(tars, scans, strict=True) if high in scan.numbers)
+        raise SourceError(
+            f"source {source} has label {high} (in {tar}); class numbers count from 0, up to {MAX_CLASSES - 1:,}"
+        )
     class_names = tuple(classes) if classes is not None else tuple(str(number) for number in range(high + 1))
     if high >= len(class_names):
         raise SourceError(f"source {source} has label {high}, `classes` names {len(class_names)}; name every class")

@@ -5,6 +5,7 @@ A sample costs about 50 bytes of memory; its path and ETag lie on disk once they
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -13,11 +14,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.corpus.errors import SourceError
 from pipelines.corpus.quarantine import Rejected
 from pipelines.corpus.tar import sample_key
 from pipelines.corpus.texts import Texts
 
 __all__ = ["Entries"]
+
+SPLIT_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+MAX_SPLITS = 100
 
 
 class Entries:
@@ -54,11 +59,20 @@ class Entries:
         self.keys.append(int(sample_key(path), 16))
         place = (uri.removesuffix(path), True) if uri.endswith(path) else (uri, False)
         self.places.append(self._places.setdefault(place, len(self._places)))
+        if split not in self._splits and split is not None:
+            self._check_split(split)
         self._split.append(self._splits.setdefault(split, len(self._splits)))
         if self.multi_label:
             self.counts.append(len(label))
         for one in label if self.multi_label else (label,):
             self.codes.append(self.labels.setdefault(one, len(self.labels)))
+
+    def _check_split(self, split: str) -> None:
+        """A split is part of the names of shards, so it must not lead out of their folder."""
+        if not SPLIT_NAME.fullmatch(split):
+            raise SourceError(f"{split[:40]!r} is no split name; lower-case letters, digits and '_'")
+        if len(self._splits) >= MAX_SPLITS:
+            raise SourceError(f"more than {MAX_SPLITS} splits, such as {split!r}; is that column the split?")
 
     def reject(self, path: str, split: str | None, reason: str, detail: str) -> None:
         shown = path.encode("utf-8", "backslashreplace").decode()

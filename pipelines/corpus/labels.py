@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-__all__ = ["LABEL_BYTES", "parse_cls", "parse_json", "parse_labels", "read_label"]
+__all__ = ["LABEL_BYTES", "MAX_CLASSES", "parse_cls", "parse_json", "parse_labels", "read_label"]
 
+MAX_CLASSES = 1_000_000  # A class number beyond this is a mistake or an attack: every class gets a name and a row.
 LABEL_BYTES = 1 << 20  # A .cls or .json beyond this is no label.
 
 

@@ -157,7 +157,12 @@ def _walk(folder: str, prefix: str, base: str, above: set[str], ignored: Counter
             if real not in above:  # A link to a folder that leads back here would never end.
                 yield from _walk(entry.path, path + "/", base, above | {real}, ignored)
         elif entry.is_file():
-            status = entry.stat()
+            try:
+                status = entry.stat()
+            except FileNotFoundError:
+                raise SourceError(
+                    f"{entry.path} went away while {base} was listed; run the same command again"
+                ) from None
             yield SourceFile(path, entry.path, status.st_size, local_etag(status))
         else:
             ignored["device"] += 1

@@ -65,7 +65,7 @@ def _rows(listed: SourceFile) -> Iterator[Row]:
             yield from _checked(csv.DictReader(io.StringIO(data.decode("utf-8-sig"))), listed)
         else:
             yield from _checked((json.loads(line) for line in data.decode().splitlines() if line.strip()), listed)
-    except (ValueError, pa.ArrowException, csv.Error) as error:
+    except (ValueError, RecursionError, pa.ArrowException, csv.Error) as error:
         if isinstance(error, SourceError):
             raise
         raise SourceError(f"source {listed.uri} cannot be read ({error}); is it whole, and UTF-8?") from None
@@ -97,6 +97,8 @@ def _file(row: Row, base: str) -> SourceFile | str:
         return SourceFile(written, uri, status.st_size, local_etag(status))
     except (store.NotFound, OSError):
         return "no such file"
+    except ValueError as error:  # A NUL in the name.
+        return str(error)
 
 
 def list_entries(rows: list[Row], files: list[SourceFile | str]) -> Entries:

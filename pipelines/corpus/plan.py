@@ -22,6 +22,7 @@ from pipelines.corpus.commit import order_splits
 from pipelines.corpus.entries import Entries
 from pipelines.corpus.errors import CorpusError, SourceError
 from pipelines.corpus.fetch import Planned
+from pipelines.corpus.labels import MAX_CLASSES
 from pipelines.corpus.quarantine import Rejected
 from pipelines.corpus.ranged import open_object
 from pipelines.corpus.tar import sample_key
@@ -140,12 +141,13 @@ def name_classes(
     if len(kinds) > 1:
         raise SourceError(f"source {where} mixes class names and class numbers; use one of them in every label")
     if kinds == {int}:
-        numbers = np.asarray(labels, np.int64)
-        low, high = int(numbers.min()), int(numbers.max())
+        low, high = min(map(int, labels)), max(map(int, labels))
+        if high >= MAX_CLASSES:
+            raise SourceError(f"source {where} has label {high}; class numbers count from 0, up to {MAX_CLASSES - 1:,}")
         names = tuple(classes) if classes is not None else tuple(str(number) for number in range(high + 1))
         if low < 0 or high >= len(names):
             raise SourceError(f"source {where} has labels {low}..{high}, classes names {len(names)}; name every class")
-        return names, numbers.astype(np.int32)
+        return names, np.asarray(labels, np.int32)
     names = tuple(classes) if classes is not None else tuple(sorted(map(str, labels)))
     index = {name: number for number, name in enumerate(names)}
     if unknown := sorted(set(map(str, labels)) - index.keys()):

@@ -78,6 +78,8 @@ def open_source(uri: str) -> Source:
     from pipelines.corpus.idx import is_idx
     from pipelines.corpus.lists import is_list, list_files_of
 
+    if not uri.strip():
+        raise SourceError("source is empty; it takes a folder, an s3://BUCKET/PREFIX, a list of images or a corpus")
     if VERSION.search(uri):
         from pipelines.corpus.manifest import open_corpus
 

@@ -517,6 +517,12 @@ def test_tars_with_lists_of_labels_are_sharded_and_lists_beside_single_labels_ar
         make_corpus(from_dict(ShardRecipe, values))
 
 
+def test_a_class_number_of_hundreds_of_millions_is_refused_and_costs_no_memory(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(foreign_tar(sample("a", 0) + sample("b", 1, label=b"999999999")))
+    with pytest.raises(SourceError, match=r"label 999999999 \(in x.tar\); class numbers count from 0"):
+        adopt(tmp_path)
+
+
 def test_a_tar_that_is_really_gzip_says_so(tmp_path: Path) -> None:
     import gzip
 
