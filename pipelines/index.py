@@ -44,13 +44,13 @@ class IndexRecipe(Strict):
     validate: Literal["header", "decode"] = "decode"  # How far each image is looked at.
     max_bad_fraction: float = 0.01  # Fail when more samples than this are bad.
     damaged: Literal["fail", "keep"] = "fail"  # A tar that breaks off: an error, or its samples up to there.
-    num_workers: int | None = how(default=None)  # Tars scanned at a time; null: two a CPU of the cluster; 0: no Ray.
+    num_workers: int | None = how(default=None)  # Tars scanned at a time; null: one a CPU of the cluster; 0: no Ray.
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction={self.max_bad_fraction} is not between 0 and 1")
         if self.num_workers is not None and self.num_workers < 0:
-            raise ValueError(f"num_workers={self.num_workers} is below 0; leave it out for two per CPU")
+            raise ValueError(f"num_workers={self.num_workers} is below 0; leave it out for one per CPU")
         if not self.split.isidentifier() or self.split != self.split.lower():
             raise ValueError(f"split={self.split!r} is no split name; lower-case letters, digits and '_'")
         if self.classes is not None and len(set(self.classes)) < max(2, len(self.classes)):
@@ -257,7 +257,8 @@ def _tell(adopted: Adopted) -> None:
     say(f"index: {counts} in {head.shards:,} tars, {len(head.class_names):,} classes")
     for kind, found in {"rejected": head.rejected, "kept": head.noted, "ignored": head.ignored}.items():
         if found:
-            say(f"index: {kind} " + ", ".join(f"{count:,} {name}" for name, count in found.items()))
+            share = f" ({head.bad_fraction:.2%} bad)" if kind == "rejected" else ""
+            say(f"index: {kind} " + ", ".join(f"{count:,} {name}" for name, count in found.items()) + share)
     first = {anomaly.kind: anomaly for anomaly in reversed(adopted.listed)}
     for kind, count in adopted.anomalies.items():
         where = " ".join(part for part in (first[kind].shard, first[kind].key, first[kind].detail) if part)

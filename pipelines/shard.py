@@ -49,7 +49,7 @@ class ShardRecipe(Strict):
     jpeg: Literal["keep", "tiled"] = "keep"  # tiled: restart markers, so that readers decode less; same pixels.
     max_bad_fraction: float = 0.01  # Fail when more images than this are bad.
     append: bool = False  # Add what is new to the current version of the destination, as its next one.
-    num_workers: int | None = how(default=None)  # Shards made at a time; null: two a CPU of the cluster; 0: no Ray.
+    num_workers: int | None = how(default=None)  # Shards made at a time; null: one a CPU of the cluster; 0: no Ray.
 
     def __post_init__(self) -> None:
         if self.shard_bytes < 1:
@@ -57,7 +57,7 @@ class ShardRecipe(Strict):
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction={self.max_bad_fraction} is not between 0 and 1")
         if self.num_workers is not None and self.num_workers < 0:
-            raise ValueError(f"num_workers={self.num_workers} is below 0; leave it out for two per CPU")
+            raise ValueError(f"num_workers={self.num_workers} is below 0; leave it out for one per CPU")
         if self.splits is not None:
             self._check_splits(self.splits)
         if self.classes is not None:
@@ -314,18 +314,21 @@ def _build(plan: Plan, num_workers: int | None, keep: bool) -> Iterator[tuple[Sh
         yield ShardRecord.from_json(done["record"]), done["reused"]
 
 
-def _build_one(item: Mapping[str, Any], plan_uri: str) -> dict[str, Any]:
-    from pipelines.corpus.build import build_shard
+def _build_one(item: Mapping[str, Any], plan_uri: str) -> Mapping[str, Any] | Callable[[], Mapping[str, Any]]:
+    from pipelines.corpus.build import begin_shard
 
-    record, reused = build_shard(plan_uri, item["number"], keep=item["keep"])
-    return {"record": record.to_json(), "reused": reused}
+    begun = begin_shard(plan_uri, item["number"], keep=item["keep"])
+    if callable(begun):
+        return lambda: {"record": begun().to_json(), "reused": False}
+    return {"record": begun.to_json(), "reused": True}
 
 
 def _tell(head: Head) -> None:
     """What was left out and what is odd, in words; the same counts stand in the manifest and in MLflow."""
     for kind, counts in {"rejected": head.rejected, "kept": head.noted, "ignored": head.ignored}.items():
         if counts:
-            say(f"shard: {kind} " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
+            share = f" ({head.bad_fraction:.2%} bad)" if kind == "rejected" else ""
+            say(f"shard: {kind} " + ", ".join(f"{count:,} {name}" for name, count in counts.items()) + share)
     if across := head.duplicates.get("across_splits"):
         log.warning("%d images occur in more than one split: held-out figures will look better than they are", across)
 

@@ -29,7 +29,7 @@ class VerifyRecipe(Strict):
 
     corpus: str  # NAME@version, a folder or an s3:// prefix; without @version the current one.
     deep: bool = False  # Decode every image too.
-    num_workers: int | None = how(default=None)  # Tars at a time; null: two a CPU of the cluster; 0: no Ray.
+    num_workers: int | None = how(default=None)  # Tars at a time; null: one a CPU of the cluster; 0: no Ray.
 
 
 @dataclass(frozen=True, slots=True)
