@@ -8,8 +8,9 @@ from __future__ import annotations
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,10 @@ from pipelines.corpus.quarantine import Rejected
 from pipelines.corpus.tar import sample_key
 from pipelines.corpus.texts import Texts
 
-__all__ = ["Entries"]
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = ["Entries", "Listing"]
 
 SPLIT_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 MAX_SPLITS = 100
@@ -132,3 +136,45 @@ class Entries:
                 if self.times:
                     found.times.append(self.times[row])
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What a plan lists: entries in the order of its shards, given out a part at a time."""
+
+    entries: Entries
+    order: np.ndarray[Any, np.dtype[np.int64]]  # Rows of the entries.
+    numbers: np.ndarray[Any, np.dtype[np.int32]]  # Class number of each code.
+    shard_rows: Sequence[int]
+
+    def table(self, low: int = 0, high: int | None = None) -> pa.Table:
+        """Planned rows low to high, in the order of the plan."""
+        import pyarrow as pa
+
+        entries, rows = self.entries, self.order[low:high]
+        chosen = rows.tolist()
+        paths = entries.path.take(chosen)
+        columns = {
+            "path": pa.array(paths, pa.string()),
+            "uri": pa.array(entries.uris(chosen, paths), pa.string()),
+            "offset": pa.array(np.frombuffer(entries.offset, np.int64)[rows]),
+            "size": pa.array(np.frombuffer(entries.size, np.int64)[rows]),
+            "etag": pa.array(entries.etag.take(chosen), pa.string()),
+        }
+        codes = np.frombuffer(entries.codes, np.int32)
+        if entries.multi_label:
+            ends = np.cumsum(np.frombuffer(entries.counts, np.int32), dtype=np.int64)[rows].tolist()
+            counts = np.frombuffer(entries.counts, np.int32)[rows].tolist()
+            lists = [sorted(self.numbers[codes[end - n : end]].tolist()) for end, n in zip(ends, counts, strict=True)]
+            columns["label"] = pa.array(np.full(len(rows), -1, np.int32))
+            columns["labels"] = pa.array(lists, pa.list_(pa.int32()))
+        else:
+            columns["label"] = pa.array(self.numbers[codes[rows]])
+        return pa.table(columns)
+
+    def shards(self) -> Iterator[pa.Table]:
+        """Shard by shard: so much is in memory as text."""
+        low = 0
+        for rows in self.shard_rows:
+            yield self.table(low, low + rows)
+            low += rows

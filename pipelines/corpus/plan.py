@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -19,7 +19,7 @@ import numpy as np
 
 from pipelines import store
 from pipelines.corpus.commit import order_splits
-from pipelines.corpus.entries import Entries
+from pipelines.corpus.entries import Entries, Listing
 from pipelines.corpus.errors import CorpusError, SourceError
 from pipelines.corpus.fetch import Planned
 from pipelines.corpus.labels import MAX_CLASSES
@@ -30,7 +30,7 @@ from pipelines.corpus.tiled import Jpeg
 from pipelines.identity import canonical
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    pass
 
 __all__ = [
     "Listing",
@@ -268,48 +268,6 @@ def _tar_order(entries: Entries, seed: int) -> np.ndarray[Any, np.dtype[np.int64
     rank = np.empty(len(tars), np.int64)
     rank[permutation(keys, seed)] = np.arange(len(tars))
     return np.lexsort((np.frombuffer(entries.offset, np.int64), rank[number]))
-
-
-@dataclass(frozen=True, slots=True)
-class Listing:
-    """What a plan lists: entries in the order of its shards, given out a part at a time."""
-
-    entries: Entries
-    order: np.ndarray[Any, np.dtype[np.int64]]  # Rows of the entries.
-    numbers: np.ndarray[Any, np.dtype[np.int32]]  # Class number of each code.
-    shard_rows: Sequence[int]
-
-    def table(self, low: int = 0, high: int | None = None) -> pa.Table:
-        """Planned rows low to high, in the order of the plan."""
-        import pyarrow as pa
-
-        entries, rows = self.entries, self.order[low:high]
-        chosen = rows.tolist()
-        paths = entries.path.take(chosen)
-        columns = {
-            "path": pa.array(paths, pa.string()),
-            "uri": pa.array(entries.uris(chosen, paths), pa.string()),
-            "offset": pa.array(np.frombuffer(entries.offset, np.int64)[rows]),
-            "size": pa.array(np.frombuffer(entries.size, np.int64)[rows]),
-            "etag": pa.array(entries.etag.take(chosen), pa.string()),
-        }
-        codes = np.frombuffer(entries.codes, np.int32)
-        if entries.multi_label:
-            ends = np.cumsum(np.frombuffer(entries.counts, np.int32), dtype=np.int64)[rows].tolist()
-            counts = np.frombuffer(entries.counts, np.int32)[rows].tolist()
-            lists = [sorted(self.numbers[codes[end - n : end]].tolist()) for end, n in zip(ends, counts, strict=True)]
-            columns["label"] = pa.array(np.full(len(rows), -1, np.int32))
-            columns["labels"] = pa.array(lists, pa.list_(pa.int32()))
-        else:
-            columns["label"] = pa.array(self.numbers[codes[rows]])
-        return pa.table(columns)
-
-    def shards(self) -> Iterator[pa.Table]:
-        """Shard by shard: so much is in memory as text."""
-        low = 0
-        for rows in self.shard_rows:
-            yield self.table(low, low + rows)
-            low += rows
 
 
 def _digest(listing: Listing, head: Sequence[Any]) -> str:
