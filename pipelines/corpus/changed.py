@@ -73,14 +73,17 @@ def _same_etag(entries: Entries, rows: NDArray[np.int64], parent: Corpus) -> NDA
 def _listed(parent: Corpus) -> Iterator[tuple[list[str], list[str]]]:
     """Path and ETag of everything that was planned for the shards of the corpus, part by part."""
     layout = parent.layout
-    plans = set()
+    plans: dict[str, set[str]] = {}  # By the place of the version that wrote the shards.
     for shard, name in enumerate(layout.name.to_pylist()):
         if made := SHARD_NAME.search(name):
-            plans.add((0 if layout.source is None else int(layout.source[shard]), made[1]))
-    for source, plan in sorted(plans):
-        base = parent.source(source).uri if layout.source is not None else parent.uri
-        for info in list(store.list_objects(store.join(base, "plans"))):
-            if f"/plans/{plan}" in info.uri and "/listing/" in info.uri:
+            source = 0 if layout.source is None else int(layout.source[shard])
+            base = (parent.head.sources[source].uri if parent.head.sources else "") or parent.uri
+            plans.setdefault(base, set()).add(made[1])
+    for base, wanted in plans.items():
+        folder = store.join(base, "plans")
+        for info in store.list_objects(folder):
+            plan, _, part = info.uri.removeprefix(folder).lstrip("/").partition("/")
+            if plan[:12] in wanted and part.startswith("listing/"):
                 table = read_table(info.uri, ["path", "etag"])
                 yield table["path"].to_pylist(), table["etag"].to_pylist()
 
