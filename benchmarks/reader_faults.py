@@ -205,6 +205,7 @@ def compare(quick: bool) -> dict[str, dict[str, str]]:
     import pipelines.corpus.pages
     from pipelines import store
     from pipelines.reader import fetch
+    from pipelines.store import s3
 
     pipelines.corpus.pages.PAGE_SAMPLES = 4  # Several pages a tar, though the tars are small.
     corpus = write_faults_corpus(store.join(store.root(), "corpora", "faults"), picture)
@@ -213,8 +214,8 @@ def compare(quick: bool) -> dict[str, dict[str, str]]:
     tars = [corpus.shard_uri(number) for number in range(3)]
     with FaultProxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
         os.environ["AWS_ENDPOINT_URL"] = proxy.url
-        fetch.STALL_SECONDS, store.ATTEMPTS = 1.0, 4
-        store._clients.clear()
+        fetch.STALL_SECONDS, s3.ATTEMPTS = 1.0, 4
+        s3._clients.clear()
         _, looks = read_with_ours(corpus, None)
         readers: dict[str, Reader] = {"ours": lambda after_first: read_with_ours(corpus, looks, after_first)[0]}
         peers = {"ray_raw": RayReader(tars, proxy.url, False)}

@@ -176,6 +176,7 @@ def adopt_tars(
             source=listing.base,
             recipe={"stage": STAGE, **_deciding(recipe)},
             tables={"anomalies": anomaly_table(listed)},
+            multi_label=any(scan.multi_label for scan in scans),
         )
         corpus = point_to(corpus, records)
     adopted = Adopted(corpus, counts, listed, reused)
@@ -256,7 +257,8 @@ def _tell(adopted: Adopted) -> None:
     say(f"index: {counts} in {head.shards:,} tars, {len(head.class_names):,} classes")
     for kind, found in {"rejected": head.rejected, "kept": head.noted, "ignored": head.ignored}.items():
         if found:
-            say(f"index: {kind} " + ", ".join(f"{count:,} {name}" for name, count in found.items()))
+            share = f" ({head.bad_fraction:.2%} bad)" if kind == "rejected" else ""
+            say(f"index: {kind} " + ", ".join(f"{count:,} {name}" for name, count in found.items()) + share)
     first = {anomaly.kind: anomaly for anomaly in reversed(adopted.listed)}
     for kind, count in adopted.anomalies.items():
         where = " ".join(part for part in (first[kind].shard, first[kind].key, first[kind].detail) if part)

@@ -18,12 +18,11 @@ from pipelines.identity import Attempt, StageResult
 from pipelines.progress import progress, say
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from pipelines.corpus.commit import ShardRecord
+    from pipelines.corpus.entries import Entries
     from pipelines.corpus.manifest import Corpus, Head
-    from pipelines.corpus.plan import Plan
-    from pipelines.corpus.sources import Entries, Source
+    from pipelines.corpus.plan import Listing, Plan
+    from pipelines.corpus.sources import Source
 
 __all__ = ["STAGE", "VERSION", "ShardRecipe", "make_corpus", "run", "write_shards"]
 
@@ -150,7 +149,7 @@ def make_corpus(
 def write_shards(
     recipe: ShardRecipe,
     plan: Plan | None = None,
-    listing: pa.Table = None,
+    listing: Listing | None = None,
     *,
     keep: bool = True,
     before_build: Callable[[Plan], None] = lambda plan: None,
@@ -167,6 +166,7 @@ def write_shards(
         planned = _plan(recipe, open_source(recipe.source), base, None)
         assert planned is not None
         plan, listing = planned
+    assert listing is not None
     total = plan.samples + len(plan.rejected)
     check_fraction(plan.rejected, total, recipe.max_bad_fraction)
     freeze(plan, listing)
@@ -218,17 +218,18 @@ def _entries(recipe: ShardRecipe, source: Source, parent: Corpus | None) -> tupl
     entries = source.entries(min_classes=2 if parent is None else 1, num_workers=recipe.num_workers)
     if parent is None:
         return entries, recipe.classes
-    entries = only_new(entries, parent)
+    entries = only_new(entries, parent, source.kind)
     old = parent.class_names
     if entries.class_names is not None and entries.class_names[: len(old)] != old:
         raise CorpusError(f"{recipe.source} names its classes otherwise than {parent.reference}; names must agree")
-    named = (label for one in entries.label for label in (one if entries.multi_label else [one]))
-    found = recipe.classes or entries.class_names or tuple(sorted({label for label in named if isinstance(label, str)}))
+    found = (
+        recipe.classes or entries.class_names or tuple(sorted(name for name in entries.labels if isinstance(name, str)))
+    )
     entries.class_names = None
     return entries, (*old, *(name for name in found if name not in old))
 
 
-def _plan(recipe: ShardRecipe, source: Source, base: str, parent: Corpus | None) -> tuple[Plan, pa.Table] | None:
+def _plan(recipe: ShardRecipe, source: Source, base: str, parent: Corpus | None) -> tuple[Plan, Listing] | None:
     """The plan and its listing; None if the parent has everything."""
     from dataclasses import asdict
 
@@ -303,26 +304,31 @@ def _point_to(reference: str) -> None:
 
 def _build(plan: Plan, num_workers: int | None, keep: bool) -> Iterator[tuple[ShardRecord, bool]]:
     """Every shard of the plan: in order in this process, or as Ray Data finishes them."""
+    from pipelines.corpus.build import finished_numbers
     from pipelines.corpus.commit import ShardRecord
     from pipelines.corpus.parallel import map_items
 
-    items = [{"number": shard.number} for shard in plan.shards]
-    for _, done in map_items(_build_one, items, plan.uri, keep, num_workers=num_workers):
+    known = finished_numbers(plan) if keep else frozenset[int]()
+    items = [{"number": shard.number, "keep": shard.number in known} for shard in plan.shards]
+    for _, done in map_items(_build_one, items, plan.uri, num_workers=num_workers):
         yield ShardRecord.from_json(done["record"]), done["reused"]
 
 
-def _build_one(item: Mapping[str, Any], plan_uri: str, keep: bool) -> dict[str, Any]:
-    from pipelines.corpus.build import build_shard
+def _build_one(item: Mapping[str, Any], plan_uri: str) -> Mapping[str, Any] | Callable[[], Mapping[str, Any]]:
+    from pipelines.corpus.build import begin_shard
 
-    record, reused = build_shard(plan_uri, item["number"], keep=keep)
-    return {"record": record.to_json(), "reused": reused}
+    begun = begin_shard(plan_uri, item["number"], keep=item["keep"])
+    if callable(begun):
+        return lambda: {"record": begun().to_json(), "reused": False}
+    return {"record": begun.to_json(), "reused": True}
 
 
 def _tell(head: Head) -> None:
     """What was left out and what is odd, in words; the same counts stand in the manifest and in MLflow."""
     for kind, counts in {"rejected": head.rejected, "kept": head.noted, "ignored": head.ignored}.items():
         if counts:
-            say(f"shard: {kind} " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
+            share = f" ({head.bad_fraction:.2%} bad)" if kind == "rejected" else ""
+            say(f"shard: {kind} " + ", ".join(f"{count:,} {name}" for name, count in counts.items()) + share)
     if across := head.duplicates.get("across_splits"):
         log.warning("%d images occur in more than one split: held-out figures will look better than they are", across)
 

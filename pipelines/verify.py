@@ -40,6 +40,7 @@ class Verdict:
     samples: int  # Met whole.
     bytes: int  # Read.
     planned: int  # Tars of unfinished runs.
+    written_again: int  # Tars of the right bytes and another ETag than when they were written.
 
 
 def main(arguments: Sequence[str], prepare: Callable[[], None] = lambda: None) -> int:
@@ -73,11 +74,11 @@ def verify(recipe: VerifyRecipe) -> Verdict:
         strays, planned = stray_tars(corpus)
         shards = corpus.shards
     except (ManifestError, store.StoreError) as error:
-        return Verdict([Finding("manifest", corpus.manifest, str(error))], {"manifest": 1}, 0, 0, 0, 0)
+        return Verdict([Finding("manifest", corpus.manifest, str(error))], {"manifest": 1}, 0, 0, 0, 0, 0)
     findings += strays
     counts = Counter(finding.kind for finding in findings)
     owners = {shard.sha256: shard.name for shard in shards}
-    samples = size = done = 0
+    samples = size = done = written_again = 0
     items = [{"shard": number} for number in range(len(shards))]
     with progress("verify", len(shards), "tars") as bar:
         results = map_items(check_shard, items, corpus.reference, recipe.deep, num_workers=recipe.num_workers)
@@ -89,10 +90,11 @@ def verify(recipe: VerifyRecipe) -> Verdict:
                 findings.append(Finding(kind, name, detail))
             counts.update(result["counts"])
             samples, size, done = samples + result["samples"], size + result["bytes"], done + 1
+            written_again += result["written_again"]
             bar.update(done, samples=samples, problems=sum(counts.values()))
     order = {shard.name: number for number, shard in enumerate(shards)}
     findings.sort(key=lambda finding: order.get(finding.where, -1))
-    return Verdict(findings, dict(counts), len(shards), samples, size, planned)
+    return Verdict(findings, dict(counts), len(shards), samples, size, planned, written_again)
 
 
 def _tell(recipe: VerifyRecipe, verdict: Verdict, seconds: float) -> None:
@@ -113,6 +115,8 @@ def _tell(recipe: VerifyRecipe, verdict: Verdict, seconds: float) -> None:
             say(f"verify: {count:,} {kind}: {PROBLEMS[kind]}")
     if verdict.planned:
         say(f"verify: {verdict.planned:,} tars belong to runs that are not finished; the same `vit shard` ends them")
+    if verdict.written_again:
+        say(f"verify: {verdict.written_again:,} tars have another ETag and the same bytes: moved, or written again")
     how_far = "every image decoded" if recipe.deep else "image headers walked (--deep decodes every image)"
     say(
         f"verify: {verdict.samples:,} samples in {verdict.shards:,} tars, {verdict.bytes / 1e6:,.0f} MB read in"

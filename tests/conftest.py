@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from infra.endpoints import Endpoints
@@ -20,6 +21,10 @@ NAMES = ("VIT_", "AWS_", "MLFLOW_", "RAY_")
 
 # Ray reads it once, when it is imported, and collecting the tests may do that.
 os.environ["RAY_AUTH_MODE"] = "token"
+
+# On a busy machine an example of a millisecond may take a second: time is no property that these tests hold.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

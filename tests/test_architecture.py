@@ -45,7 +45,7 @@ def below(module: str, *packages: str) -> bool:
 
 
 def allowed(path: Path, module: str) -> bool:
-    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     ours = below(module, "vit_model", "pipelines", "infra")
     if below(name, "vit_model"):
         return below(module, "vit_model") or not (ours or below(module, "ray", "mlflow", "boto3", "pydantic", "tyro"))
@@ -56,7 +56,7 @@ def allowed(path: Path, module: str) -> bool:
     if not ours or module in {"pipelines", "vit_model"}:
         return True
     if below(module, "infra"):
-        return name in {"pipelines.store", "pipelines.cli"}
+        return name == "pipelines.cli" or below(name, "pipelines.store")
     if below(module, *BOTTOM):
         return True
     if name in BOTTOM:

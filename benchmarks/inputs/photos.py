@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import struct
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ SIZES = ((500, 375, 0.28), (500, 333, 0.12), (375, 500, 0.1), (333, 500, 0.06), 
 QUALITIES = ((85, 0.06), (90, 0.28), (92, 0.2), (95, 0.28), (96, 0.18))
 
 
+@cache
 def make_photos(count: int, seed: int = 0) -> list[bytes]:
     """Distinct JPEG photos."""
     from sklearn.datasets import load_sample_images

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.corpus.anomalies import Anomalies
 from pipelines.corpus.checks import check_image, is_named_as
 from pipelines.corpus.images import MAX_FILE_BYTES, ImageFacts, ImageRejected
-from pipelines.corpus.labels import LABEL_BYTES, parse_cls, parse_json
+from pipelines.corpus.labels import LABEL_BYTES, parse_cls, parse_json, parse_labels
 from pipelines.corpus.members import Member, TarStream
 from pipelines.corpus.pages import close_pages
 from pipelines.corpus.quarantine import Rejected
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 __all__ = ["IMAGE_EXTENSIONS", "scan_tar"]
+
+Label = int | str | tuple[int | str, ...]
 
 IMAGE_EXTENSIONS = ("jpg", "png", "webp", "jpeg")  # In the order in which the reader takes one.
 OTHER_IMAGES = ("gif", "bmp", "tif", "tiff", "ppm", "pgm", "avif", "heic", "jp2", "jxl")
@@ -71,10 +73,11 @@ class _Sample:
     has_duplicate: str = ""
     loose: int = 0
 
-    def label(self) -> int | str | None:
-        label = parse_cls(self.cls) if self.cls is not None else None
+    def label(self) -> Label | None:
+        label: Label | None = parse_cls(self.cls) if self.cls is not None else None
         if label is None and self.described is not None:
             label = parse_json(self.described)
+            label = parse_labels(self.described) if label is None else label
         return label
 
 
@@ -89,6 +92,7 @@ class _Scan:
         self._seen: Counter[str] = Counter()  # Keys, by how many runs of members have them.
         self._names: dict[str, int] = {}
         self._numbers: set[int] = set()
+        self._multi_label = False
         self._rejected: list[Rejected] = []
         self._starts: dict[int, int] = {}  # Byte at which a rejected sample begins, by its place in that list.
         self._noted: Counter[str] = Counter()
@@ -189,7 +193,7 @@ class _Scan:
         self._count(sample, facts)
         self._row(sample, facts, label)
 
-    def _label(self, sample: _Sample) -> int | str:
+    def _label(self, sample: _Sample) -> Label:
         """The label of a sample that can be one. Raises ImageRejected."""
         members = f"members: {', '.join(sorted(sample.names))}"
         if sample.has_duplicate:
@@ -229,12 +233,13 @@ class _Scan:
                 detail = f".cls says {labels[0]!r}, .json says {labels[1]!r}"
                 self._anomalies.add("label_conflict", sample.start, sample.key, detail)
 
-    def _row(self, sample: _Sample, facts: ImageFacts, label: int | str) -> None:
-        if isinstance(label, str):
-            number = self._names.setdefault(label, len(self._names))
+    def _row(self, sample: _Sample, facts: ImageFacts, label: Label) -> None:
+        number: int | list[int]
+        if isinstance(label, tuple):
+            self._multi_label = True
+            number = sorted(map(self._number, label))
         else:
-            number = label
-            self._numbers.add(label)
+            number = self._number(label)
         length = sample.end - sample.start
         if sample.start != self._stretch_end:
             self._stretches.append((sample.start, []))
@@ -247,6 +252,13 @@ class _Scan:
         values = (row, sample.start, length, facts.width, facts.height, number, sample.key, source, content)
         for name, value in zip(ROW_FIELDS, values, strict=True):
             self._columns[name].append(value)
+
+    def _number(self, label: int | str) -> int:
+        """The class number, or of a name its place among the names of this tar."""
+        if isinstance(label, str):
+            return self._names.setdefault(label, len(self._names))
+        self._numbers.add(label)
+        return label
 
     def _source(self, sample: _Sample) -> str:
         end = f".{sample.extension}" if sample.extension else ""
@@ -296,7 +308,11 @@ class _Scan:
     def table(self) -> pa.Table:
         import pyarrow as pa
 
-        return pa.table(self._columns, schema=row_schema())
+        if not self._multi_label:
+            return pa.table(self._columns, schema=row_schema())
+        columns = dict(self._columns)
+        columns["labels"] = [one if isinstance(one, list) else [one] for one in columns.pop("label")]
+        return pa.table(columns, schema=row_schema(multi_label=True))
 
     def result(self, stream: TarStream) -> ScannedTar:
         pages = list(self._pages())
@@ -309,6 +325,7 @@ class _Scan:
             page_rows=[page[2] for page in pages],
             numbers=sorted(self._numbers),
             names=list(self._names),
+            multi_label=self._multi_label,
             rejected=self._rejected,
             noted=dict(sorted(self._noted.items())),
             ignored=dict(sorted(self._ignored.items())),

@@ -23,7 +23,8 @@ from pipelines.corpus.commit import ShardRecord, order_splits, write_table
 from pipelines.corpus.errors import SourceError
 from pipelines.corpus.fetch import read_source
 from pipelines.corpus.images import ImageRejected
-from pipelines.corpus.listing import SourceFile, list_files, listing_digest
+from pipelines.corpus.labels import MAX_CLASSES
+from pipelines.corpus.listing import PACKED, SourceFile, list_files, listing_digest, packed_hint
 from pipelines.corpus.manifest import Corpus, manifest_uri, open_corpus, read_table
 from pipelines.corpus.scanned import ScannedTar
 from pipelines.corpus.sources import SPLIT_NAMES, split_from_name
@@ -36,14 +37,14 @@ __all__ = [
     "list_tars",
     "name_labels",
     "point_to",
+    "scan_id",
     "scan_one",
     "shard_records",
     "shared_keys",
     "split_of",
 ]
 
-SCAN_VERSION = 1  # Raised when the same tar would give another record.
-PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+SCAN_VERSION = 2  # Raised when the same tar would give another record.
 OURS = (
     "manifests/",
     "scans/",
@@ -76,7 +77,7 @@ def list_tars(source: str) -> TarListing:
     packed = [file for file in others if file.path.endswith(PACKED)]
     if not tars:
         hint = (
-            f"; {packed[0].path} is compressed: no range of it can be read, unpack it (gunzip)"
+            f"; {packed_hint(packed[0].path)}"
             if packed
             else f"; it holds {len(files):,} other files such as {files[0].path}; `vit shard` takes class folders"
         )
@@ -105,7 +106,7 @@ def split_of(path: str, default: str) -> str:
 
 def scan_one(item: Mapping[str, Any], scans: str, decode: bool, keep: bool) -> dict[str, Any]:
     """Scan the tar of `item` (a SourceFile and its split), or take over its record. Returns {scan, reused}."""
-    place = store.join(scans, _scan_id(item))
+    place = store.join(scans, scan_id(item))
     if keep:
         try:
             record = ScannedTar.from_json(store.read_json(f"{place}.json"))
@@ -121,7 +122,8 @@ def scan_one(item: Mapping[str, Any], scans: str, decode: bool, keep: bool) -> d
     return {"place": place, "scan": record.to_json(), "reused": False}
 
 
-def _scan_id(item: Mapping[str, Any]) -> str:
+def scan_id(item: Mapping[str, Any]) -> str:
+    """Names what a scan found in a tar of this path, size, ETag and split."""
     named = "\0".join(str(item[name]) for name in ("path", "size", "etag", "split"))
     return hashlib.sha256(named.encode("utf-8", "surrogateescape")).hexdigest()[:24]
 
@@ -166,6 +168,11 @@ def name_labels(
             {} if all(own == new for own, new in change.items()) else change for change in changes
         ]
     high = max(numbers, default=-1)
+    if high >= MAX_CLASSES:
+        tar = next(tar.path for tar, scan in zip(tars, scans, strict=True) if high in scan.numbers)
+        raise SourceError(
+            f"source {source} has label {high} (in {tar}); class numbers count from 0, up to {MAX_CLASSES - 1:,}"
+        )
     class_names = tuple(classes) if classes is not None else tuple(str(number) for number in range(high + 1))
     if high >= len(class_names):
         raise SourceError(f"source {source} has label {high}, `classes` names {len(class_names)}; name every class")
@@ -188,6 +195,7 @@ def shard_records(
 ) -> list[ShardRecord]:
     """What `commit` takes, in the order of the manifest: by split, then by path."""
     names = order_splits(splits)
+    lists = any(scan.multi_label for scan in scans)
     order = sorted(range(len(scans)), key=lambda number: (names.index(splits[number]), listing.tars[number].path))
 
     def record(number: int) -> ShardRecord:
@@ -204,7 +212,7 @@ def shard_records(
             page_offset=scan.page_offset,
             page_length=scan.page_length,
             page_rows=scan.page_rows,
-            rows=_below(_relabelled(place, change), base),
+            rows=_below(_relabelled(place, change, lists and not scan.multi_label), base),
             rejected=scan.rejected,
             noted=scan.noted,
             uri=_below(tar.uri, base),
@@ -219,20 +227,25 @@ def _below(uri: str, base: str) -> str:
     return uri.removeprefix(base.rstrip("/") + "/")
 
 
-def _relabelled(place: str, change: Mapping[int, int]) -> str:
-    """The rows of a tar with the corpus' class numbers."""
-    if not change:
+def _relabelled(place: str, change: Mapping[int, int], as_lists: bool) -> str:
+    """The rows of a tar with the corpus' class numbers, and with lists of them where other tars have lists."""
+    if not change and not as_lists:
         return f"{place}.parquet"
     import pyarrow as pa
 
-    mark = hashlib.sha256(repr(sorted(change.items())).encode()).hexdigest()[:12]
+    mark = hashlib.sha256(repr((sorted(change.items()), as_lists)).encode()).hexdigest()[:12]
     uri = f"{place}-{mark}.parquet"
     if not store.exists(uri):
         table = read_table(f"{place}.parquet")
-        numbers = np.array([change[own] for own in range(len(change))], np.int32)
-        labels = numbers[table["label"].to_numpy()]
-        at = table.schema.get_field_index("label")
-        write_table(uri, table.set_column(at, "label", pa.array(labels, pa.int32())))
+        name = "labels" if "labels" in table.column_names else "label"
+        given = [one if isinstance(one, list) else [one] for one in table[name].to_pylist()]
+        found = [sorted(change.get(own, own) for own in labels) for labels in given]
+        at = table.schema.get_field_index(name)
+        if name == "labels" or as_lists:
+            table = table.set_column(at, "labels", pa.array(found, pa.list_(pa.int32())))
+        else:
+            table = table.set_column(at, "label", pa.array([own for (own,) in found], pa.int32()))
+        write_table(uri, table)
     return uri
 
 

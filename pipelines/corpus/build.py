@@ -7,6 +7,8 @@ import logging
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -23,7 +25,7 @@ from pipelines.corpus.resize import ResizeConfig, shrink
 from pipelines.corpus.tar import ShardContent, ShardWriter, sample_key
 from pipelines.corpus.tiled import tile_jpeg
 
-__all__ = ["Made", "build_shard", "finished_record", "make_shard", "store_shard"]
+__all__ = ["Made", "begin_shard", "finished_numbers", "finished_record", "make_shard", "store_shard"]
 
 log = logging.getLogger(__name__)
 IN_MEMORY = 512 << 20  # Source bytes of a shard; a larger one is put together on disk.
@@ -43,17 +45,25 @@ class Made:
     data: bytes | Path
 
 
-def build_shard(plan_uri: str, number: int, *, keep: bool = True) -> tuple[ShardRecord, bool]:
-    """The record of shard `number`, and whether it was made before (looked for if `keep`).
+def begin_shard(plan_uri: str, number: int, *, keep: bool = True) -> ShardRecord | Callable[[], ShardRecord]:
+    """The record of a shard that was made before (looked for if `keep`), else a shard put together: call to store it.
 
     Raises CorpusError, StoreError.
     """
     plan = load_plan(plan_uri)
     record = finished_record(plan, number) if keep else None
     if record is not None:
-        return record, True
-    with tempfile.TemporaryDirectory(prefix="vit-shard-") as folder:
-        return store_shard(make_shard(plan, number, Path(folder))), False
+        return record
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="vit-shard-"))
+        made = make_shard(plan, number, Path(folder))
+        kept = stack.pop_all()
+
+    def finish() -> ShardRecord:
+        with kept:
+            return store_shard(made)
+
+    return finish
 
 
 def make_shard(plan: Plan, number: int, folder: Path) -> Made:
@@ -107,6 +117,12 @@ def store_shard(made: Made) -> ShardRecord:
     )
     store.write_json(_record_uri(plan, made.number), record.to_json())
     return record
+
+
+def finished_numbers(plan: Plan) -> frozenset[int]:
+    """Shards that left a record; whether their tars still stand is seen shard by shard."""
+    found = (info.uri.rpartition("/")[2] for info in store.list_objects(store.join(plan.uri, "shards")))
+    return frozenset(int(name.removesuffix(".json")) for name in found if name.endswith(".json"))
 
 
 def finished_record(plan: Plan, number: int) -> ShardRecord | None:

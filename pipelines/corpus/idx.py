@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.corpus.entries import Entries
 from pipelines.corpus.errors import SourceError
 from pipelines.corpus.fetch import read_source
 from pipelines.corpus.images import PNG_SIGNATURE
 from pipelines.corpus.listing import SourceFile
-from pipelines.corpus.sources import Entries, split_from_name
+from pipelines.corpus.sources import split_from_name
 
 __all__ = ["encode_png", "idx_entries", "idx_rows", "is_idx"]
 

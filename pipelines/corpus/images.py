@@ -6,7 +6,7 @@ JPEG: ITU T.81 annex B. PNG: W3C PNG 3rd edition, section 5. WebP: RFC 9649, sec
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 __all__ = ["MAX_FILE_BYTES", "MAX_PIXELS", "ImageFacts", "ImageRejected", "inspect_image"]
 
@@ -16,6 +16,8 @@ MAX_FILE_BYTES = 100 << 20
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # SOF0..SOF15 without DHT (C4), JPG (C8) and DAC (CC).
 JPEG_FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
+# DHT, DQT, DRI, COM, and APP0 with JFIF; EXIF, colour profiles and other pictures stand in the other APPn.
+JPEG_PLAIN = frozenset({0xC4, 0xDB, 0xDD, 0xFE})
 JPEG_ALONE = frozenset({0x01, *range(0xD0, 0xD8)})  # Markers without a length: TEM, RST0..7.
 OTHERS = (  # (offset, magic, name): images that we know and do not take.
     (0, b"GIF8", "GIF"),
@@ -47,6 +49,7 @@ class ImageFacts:
     width: int  # Pixels as shown, after the EXIF rotation.
     height: int
     notes: tuple[str, ...] = ()  # Of quarantine.NOTES.
+    is_plain: bool = field(default=False, compare=False)  # A grey or colour JPEG without EXIF and the like.
 
 
 def inspect_image(data: bytes) -> ImageFacts:
@@ -87,6 +90,7 @@ def _facts(extension: str, width: int, height: int, orientation: int, notes: lis
 def _jpeg(data: bytes) -> ImageFacts:
     position, orientation = 2, 1
     frame: tuple[int, int, int, int] | None = None  # precision, height, width, components
+    is_plain = True
     while True:
         if data[position] != 0xFF:
             raise ImageRejected("corrupt", f"no JPEG marker at byte {position:,}")
@@ -101,7 +105,11 @@ def _jpeg(data: bytes) -> ImageFacts:
         (length,) = struct.unpack_from(">H", data, position)
         if marker in JPEG_FRAMES:
             frame = struct.unpack_from(">BHHB", data, position + 2)
-        elif marker == 0xE1 and data.startswith(b"Exif\0\0", position + 2):
+        elif marker == 0xE0:
+            is_plain &= length == 16 and data.startswith(b"JFIF\0", position + 2)
+        elif marker not in JPEG_PLAIN and marker != 0xDA:
+            is_plain = False
+        if marker == 0xE1 and data.startswith(b"Exif\0\0", position + 2):
             orientation = _orientation(data[position + 8 : position + length])
         elif marker == 0xDA:
             break
@@ -115,7 +123,8 @@ def _jpeg(data: bytes) -> ImageFacts:
     notes = ["cmyk"] if components == 4 else []
     if precision > 8:
         raise ImageRejected("unsupported_format", f"JPEG of {precision} bits a channel; convert it to 8")
-    return _facts("jpg", width, height, orientation, notes)
+    facts = _facts("jpg", width, height, orientation, notes)
+    return replace(facts, is_plain=True) if is_plain and components in (1, 3) else facts
 
 
 def _png(data: bytes) -> ImageFacts:

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import store
+from pipelines.corpus.entries import Entries
 from pipelines.corpus.errors import SourceError
 from pipelines.corpus.fetch import read_source
 from pipelines.corpus.listing import SourceFile, local_etag
-from pipelines.corpus.sources import SPLIT_NAMES, Entries
+from pipelines.corpus.sources import SPLIT_NAMES
 
 __all__ = ["is_list", "list_entries", "list_files_of"]
 
@@ -64,7 +65,7 @@ def _rows(listed: SourceFile) -> Iterator[Row]:
             yield from _checked(csv.DictReader(io.StringIO(data.decode("utf-8-sig"))), listed)
         else:
             yield from _checked((json.loads(line) for line in data.decode().splitlines() if line.strip()), listed)
-    except (ValueError, pa.ArrowException, csv.Error) as error:
+    except (ValueError, RecursionError, pa.ArrowException, csv.Error) as error:
         if isinstance(error, SourceError):
             raise
         raise SourceError(f"source {listed.uri} cannot be read ({error}); is it whole, and UTF-8?") from None
@@ -96,6 +97,8 @@ def _file(row: Row, base: str) -> SourceFile | str:
         return SourceFile(written, uri, status.st_size, local_etag(status))
     except (store.NotFound, OSError):
         return "no such file"
+    except ValueError as error:  # A NUL in the name.
+        return str(error)
 
 
 def list_entries(rows: list[Row], files: list[SourceFile | str]) -> Entries:

@@ -55,6 +55,9 @@ class Member:
         return self.data + -(-self.size // BLOCK) * BLOCK
 
 
+PACKERS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
 class _Damage(Exception):
     def __init__(self, offset: int, text: str) -> None:
         super().__init__(text)
@@ -117,9 +120,11 @@ class TarStream:
         start = self._bytes.position
         if start == self.size:
             return None
-        if self.size - start < BLOCK:
-            raise _Damage(start, f"{self.size - start} bytes left where a tar header has {BLOCK}")
-        block = self._bytes.take(BLOCK)
+        block = self._bytes.take(min(BLOCK, self.size - start))
+        if not start and (packer := next((name for magic, name in PACKERS.items() if block.startswith(magic)), "")):
+            raise _Damage(0, f"compressed with {packer}, although it is named .tar; unpack it")
+        if len(block) < BLOCK:
+            raise _Damage(start, f"{len(block)} bytes left where a tar header has {BLOCK}")
         if not any(block):
             self.has_end_mark = True
             return None

@@ -6,6 +6,8 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +17,8 @@ from pipelines.corpus.errors import CorpusError
 __all__ = ["map_items"]
 
 MAX_TASKS = 2048  # Tasks of one execution; with more items than that a task takes several.
-Work = Callable[..., Mapping[str, Any]]
+ITEMS = 4  # Of a task, if there are enough: from the second on, finishing one goes on beside the work on the next.
+Work = Callable[..., Mapping[str, Any] | Callable[[], Mapping[str, Any]]]
 
 
 def map_items(
@@ -23,12 +26,14 @@ def map_items(
 ) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Number of an item and `work(item, *arguments)` for it, as they are done.
 
-    Items and results are JSON objects; `work` can be pickled. `num_workers`: items at a time, None: one a CPU of the
-    cluster, 0: in this process, in order, without Ray. Raises the first CorpusError, StoreError or OSError of the work.
+    Items and results are JSON objects; `work` can be pickled. It may give a call in place of a result: what is left to
+    do without the CPU, such as an upload. `num_workers`: items at a time, None: one a CPU of the cluster, 0: in this
+    process, in order, without Ray. Raises the first CorpusError, StoreError or OSError of the work.
     """
     if num_workers == 0:
         for number, item in enumerate(items):
-            yield number, work(item, *arguments)
+            done = work(item, *arguments)
+            yield number, done() if callable(done) else done
         return
     if not items:
         return
@@ -41,7 +46,7 @@ def map_items(
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     table = pa.table({"number": list(range(len(items))), "item": [json.dumps(item) for item in items]})
-    tasks = min(len(items), MAX_TASKS)
+    tasks = _tasks(len(items), int(ray.cluster_resources().get("CPU", 1)), num_workers)
     cuts = [len(items) * i // tasks for i in range(tasks + 1)]
     blocks = [table.slice(low, high - low) for low, high in pairwise(cuts)]
     done = ray.data.from_arrow(blocks).map_batches(
@@ -53,18 +58,43 @@ def map_items(
         yield row["number"], json.loads(row["result"])
 
 
+def _tasks(items: int, cpus: int, num_workers: int | None) -> int:
+    """As many for each CPU, so that all end together."""
+    slots = max(1, min(cpus, num_workers or cpus))
+    return min(items, MAX_TASKS, slots * -(-items // (ITEMS * slots)))
+
+
 def _run_batch(batch: Mapping[str, Any], work: Work, arguments: tuple[Any, ...]) -> dict[str, list[Any]]:
     """Expected errors travel as text: Ray would wrap them in its own trace."""
     out: dict[str, list[Any]] = {"number": [], "result": [], "error": []}
-    for number, item in zip(batch["number"].tolist(), batch["item"].tolist(), strict=True):
-        result, error = "", ""
-        try:
-            result = json.dumps(work(json.loads(item), *arguments))
-        except (CorpusError, store.StoreError, OSError) as problem:
-            error = str(problem) or type(problem).__name__
+
+    def add(number: int, result: Mapping[str, Any], error: str) -> None:
         out["number"].append(number)
-        out["result"].append(result)
+        out["result"].append(json.dumps(result))
         out["error"].append(error)
-        if error:
-            break
+
+    with ThreadPoolExecutor(1) as pool:
+        last: tuple[int, Future[Any]] | None = None  # Is being finished; never more than one.
+        for number, item in zip(batch["number"].tolist(), batch["item"].tolist(), strict=True):
+            done, error = _attempt(partial(work, json.loads(item), *arguments))
+            if last is not None:
+                add(last[0], *last[1].result())
+                last = None
+            if any(out["error"]):
+                break
+            if callable(done):
+                last = number, pool.submit(_attempt, done)
+            else:
+                add(number, done, error)
+                if error:
+                    break
+        if last is not None:
+            add(last[0], *last[1].result())
     return out
+
+
+def _attempt(call: Callable[[], Any]) -> tuple[Any, str]:
+    try:
+        return call(), ""
+    except (CorpusError, store.StoreError, OSError) as problem:
+        return {}, str(problem) or type(problem).__name__

@@ -7,29 +7,33 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from pipelines import store
 from pipelines.corpus.commit import order_splits
+from pipelines.corpus.entries import Entries, Listing
 from pipelines.corpus.errors import CorpusError, SourceError
 from pipelines.corpus.fetch import Planned
+from pipelines.corpus.labels import MAX_CLASSES
 from pipelines.corpus.quarantine import Rejected
 from pipelines.corpus.ranged import open_object
-from pipelines.corpus.sources import Entries
 from pipelines.corpus.tar import sample_key
 from pipelines.corpus.tiled import Jpeg
 from pipelines.identity import canonical
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    pass
 
 __all__ = [
+    "Listing",
     "Plan",
     "PlannedShard",
     "Validate",
@@ -129,20 +133,22 @@ def cut(sizes: np.ndarray[Any, np.dtype[np.int64]], shard_bytes: int) -> np.ndar
 
 
 def name_classes(
-    labels: Sequence[str | int], classes: Sequence[str] | None, where: str
+    labels: Iterable[str | int], classes: Sequence[str] | None, where: str
 ) -> tuple[tuple[str, ...], np.ndarray[Any, np.dtype[np.int32]]]:
-    """Class names in order of the label, and the label of each sample."""
+    """Class names in order of the label, and the number of each of the labels that occur."""
+    labels = list(labels)
     kinds = {type(label) for label in labels}
     if len(kinds) > 1:
         raise SourceError(f"source {where} mixes class names and class numbers; use one of them in every label")
     if kinds == {int}:
-        numbers = np.asarray(labels, np.int64)
-        low, high = int(numbers.min()), int(numbers.max())
+        low, high = min(map(int, labels)), max(map(int, labels))
+        if high >= MAX_CLASSES:
+            raise SourceError(f"source {where} has label {high}; class numbers count from 0, up to {MAX_CLASSES - 1:,}")
         names = tuple(classes) if classes is not None else tuple(str(number) for number in range(high + 1))
         if low < 0 or high >= len(names):
             raise SourceError(f"source {where} has labels {low}..{high}, classes names {len(names)}; name every class")
-        return names, numbers.astype(np.int32)
-    names = tuple(classes) if classes is not None else tuple(sorted(set(map(str, labels))))
+        return names, np.asarray(labels, np.int32)
+    names = tuple(classes) if classes is not None else tuple(sorted(map(str, labels)))
     index = {name: number for number, name in enumerate(names)}
     if unknown := sorted(set(map(str, labels)) - index.keys()):
         import difflib
@@ -170,26 +176,21 @@ def make_plan(
     shuffle: bool = False,
     resize: Mapping[str, Any] | None = None,
     jpeg: Jpeg = "keep",
-) -> tuple[Plan, pa.Table]:
-    """Decide every shard. Returns the plan and its listing (Planned rows plus the shard number), not yet written."""
-    import pyarrow as pa
-
+) -> tuple[Plan, Listing]:
+    """Decide every shard. Returns the plan and what it plans, not yet written."""
     if classes is not None and entries.class_names is not None and tuple(classes) != entries.class_names:
         raise SourceError(
             f"source {source} names its classes {', '.join(entries.class_names)}, the recipe {', '.join(classes)};"
             " leave `classes` out, or take the file with the names out of the source"
         )
-    flat = [one for several in entries.label for one in several] if entries.multi_label else entries.label
-    class_names, labels = name_classes(flat, classes or entries.class_names, source)
+    class_names, class_numbers = name_classes(entries.labels, classes or entries.class_names, source)
     if kind == "tars" and shuffle:
         kind = "tars_shuffled"
-    keys = np.array([int(sample_key(path), 16) for path in entries.path], np.uint64)
-    if len(np.unique(keys)) < len(keys):
-        raise CorpusError(f"source {source}: two paths have the same 64-bit key; rename one of them")
-    names, split = _splits(entries.split, keys, splits, source)
-    sizes = np.asarray(entries.size, np.int64)
+    keys = np.frombuffer(entries.keys, np.uint64)
+    names, split = _splits(*entries.split_codes(), keys, splits, source)
+    sizes = np.frombuffer(entries.size, np.int64)
     order = permutation(keys, seed) if kind != "tars" else _tar_order(entries, seed)
-    times = np.asarray(entries.times or np.ones(len(entries)), np.uint8)
+    times = np.frombuffer(entries.times, np.uint8) if entries.times else np.ones(len(entries), np.uint8)
 
     chosen: list[np.ndarray[Any, Any]] = []
     shards: list[tuple[Any, ...]] = []
@@ -201,23 +202,8 @@ def make_plan(
                 if len(rows):
                     chosen.append(rows)
                     shards.append((name, len(rows), int(sizes[rows].sum()), *([often] if often > 1 else [])))
-    rows = np.concatenate(chosen)
-    several: dict[str, Any] = {}
-    if entries.multi_label:
-        several["labels"] = _lists(entries.label, labels).take(rows)
-        labels = np.full(len(entries), -1, np.int32)
-    listing = pa.table(
-        {
-            "path": pa.array(entries.path).take(rows),
-            "uri": pa.array(entries.uri).take(rows),
-            "offset": pa.array(entries.offset, pa.int64()).take(rows),
-            "size": pa.array(sizes).take(rows),
-            "etag": pa.array(entries.etag).take(rows),
-            "label": pa.array(labels).take(rows),
-            **several,
-            "shard": pa.array(np.repeat(np.arange(len(shards), dtype=np.int32), [shard[1] for shard in shards])),
-        }
-    )
+    del order
+    listing = Listing(entries, np.concatenate(chosen), class_numbers, [shard[1] for shard in shards])
     more: dict[str, Any] = {"resize": dict(resize)} if resize else {}
     if jpeg != "keep":
         more["jpeg"] = jpeg
@@ -245,11 +231,15 @@ def make_plan(
 
 def _splits(
     given: Sequence[str | None],
+    codes: np.ndarray[Any, np.dtype[np.int8]],
     keys: np.ndarray[Any, np.dtype[np.uint64]],
     fractions: Mapping[str, float] | None,
     source: str,
-) -> tuple[list[str], np.ndarray[Any, np.dtype[np.int64]]]:
-    """Fractions divide what the source calls train, or all of it if it names no split; its other splits stay."""
+) -> tuple[list[str], np.ndarray[Any, np.dtype[np.int8]]]:
+    """Fractions divide what the source calls train, or all of it if it names no split; its other splits stay.
+
+    `given` and `codes`: the splits that occur, and which of them each sample has.
+    """
     own = [split or "train" for split in given]
     if fractions is not None:
         if taken := sorted((set(own) - {"train"}) & fractions.keys()):
@@ -258,12 +248,12 @@ def _splits(
                 " splits (the fractions divide train), or leave splits out"
             )
         names = order_splits([*fractions, *(set(own) - {"train"})])
-        of = np.array([names.index(name) if name != "train" else -1 for name in own], np.int64)
-        parts = np.array([names.index(name) for name in fractions], np.int64)[assign_splits(keys, fractions)]
+        of = np.array([names.index(name) if name != "train" else -1 for name in own], np.int8)[codes]
+        parts = np.array([names.index(name) for name in fractions], np.int8)[assign_splits(keys, fractions)]
         numbers = np.where(of < 0, parts, of)
     else:
         names = order_splits(own)
-        numbers = np.array([names.index(name) for name in own], np.int64)
+        numbers = np.array([names.index(name) for name in own], np.int8)[codes]
     used = np.unique(numbers)
     if len(used) < len(names):
         empty = [name for number, name in enumerate(names) if number not in used]
@@ -273,44 +263,39 @@ def _splits(
 
 def _tar_order(entries: Entries, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Whole tars are permuted; inside a tar the order stays, so that each is read once from front to back."""
-    tars = {uri: entries.path[first].split(".tar/")[0] for first, uri in reversed(list(enumerate(entries.uri)))}
-    keys = np.array([int(sample_key(name), 16) for name in tars.values()], np.uint64)
-    rank = dict(zip([list(tars)[i] for i in permutation(keys, seed)], range(len(tars)), strict=True))
-    return np.lexsort((np.asarray(entries.offset), [rank[uri] for uri in entries.uri]))
+    tars, firsts, number = np.unique(np.frombuffer(entries.places, np.int32), return_index=True, return_inverse=True)
+    keys = np.array([int(sample_key(entries.path[i].split(".tar/")[0]), 16) for i in firsts.tolist()], np.uint64)
+    rank = np.empty(len(tars), np.int64)
+    rank[permutation(keys, seed)] = np.arange(len(tars))
+    return np.lexsort((np.frombuffer(entries.offset, np.int64), rank[number]))
 
 
-def _lists(given: Sequence[Sequence[Any]], flat: np.ndarray[Any, np.dtype[np.int32]]) -> pa.Array:
-    """The labels of each sample as numbers, in order."""
-    import pyarrow as pa
-
-    ends = np.cumsum([len(labels) for labels in given])
-    return pa.array([sorted(part.tolist()) for part in np.split(flat, ends[:-1])], pa.list_(pa.int32()))
-
-
-def _digest(listing: pa.Table, head: Sequence[Any]) -> str:
+def _digest(listing: Listing, head: Sequence[Any]) -> str:
     total = hashlib.sha256(canonical(head).encode())
-    label = "labels" if "labels" in listing.column_names else "label"
-    columns = [listing[name].to_pylist() for name in ("path", "offset", "size", "etag", label)]
-    for row in zip(*columns, strict=True):
-        total.update("\n{}\0{}\0{}\0{}\0{}".format(*row).encode())
+    label = "labels" if listing.entries.multi_label else "label"
+    for table in listing.shards():
+        columns = [table[name].to_pylist() for name in ("path", "offset", "size", "etag", label)]
+        total.update("".join(map("\n{}\0{}\0{}\0{}\0{}".format, *columns)).encode())
     return total.hexdigest()
 
 
-def freeze(plan: Plan, listing: pa.Table) -> None:
+def freeze(plan: Plan, listing: Listing) -> None:
     """Write the plan; nothing happens if it is there already, because its name is its content."""
     import pyarrow.parquet as pq
 
     head = store.join(plan.uri, "plan.json")
     if store.exists(head):
         return
-    start = 0
-    for part in range(0, len(plan.shards), PART_SHARDS):
-        sink = io.BytesIO()
-        with pq.ParquetWriter(sink, listing.schema, compression="zstd") as writer:
-            for shard in plan.shards[part : part + PART_SHARDS]:
-                writer.write_table(listing.slice(start, shard.rows), row_group_size=max(shard.rows, 1))
-                start += shard.rows
-        store.write(store.join(plan.uri, "listing", f"{part // PART_SHARDS:06d}.parquet"), sink.getvalue())
+    tables = listing.shards()
+    with tempfile.TemporaryDirectory(prefix="vit-plan-") as folder:
+        path = Path(folder) / "part.parquet"
+        for part, first in enumerate(range(0, len(plan.shards), PART_SHARDS)):
+            table = next(tables)
+            with pq.ParquetWriter(path, table.schema, compression="zstd") as writer:
+                writer.write_table(table, row_group_size=table.num_rows)
+                for table in islice(tables, len(plan.shards[first + 1 : first + PART_SHARDS])):
+                    writer.write_table(table, row_group_size=table.num_rows)
+            store.upload(path, store.join(plan.uri, "listing", f"{part:06d}.parquet"))
     store.write_json(head, {"version": PLAN_VERSION, **dataclasses.asdict(plan)} | {"uri": None})
 
 

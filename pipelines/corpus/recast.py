@@ -11,11 +11,11 @@ import tarfile
 from typing import TYPE_CHECKING
 
 from pipelines import store
+from pipelines.corpus.entries import Entries
 from pipelines.corpus.errors import SourceError
 from pipelines.corpus.fetch import Planned
 from pipelines.corpus.images import ImageRejected
 from pipelines.corpus.selection import present
-from pipelines.corpus.sources import Entries
 
 if TYPE_CHECKING:
     from pipelines.corpus.manifest import Corpus

@@ -31,6 +31,7 @@ class ScannedTar:
     anomalies: list[Anomaly]
     anomaly_counts: dict[str, int]
     damage: str  # Why the samples after some byte are lost, or nothing.
+    multi_label: bool = False  # A sample has a list of labels, so `rows` has lists.
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
+from pipelines.corpus.entries import Entries
 from pipelines.corpus.errors import SourceError
-from pipelines.corpus.listing import SourceFile, list_files, listing_digest
-from pipelines.corpus.quarantine import Rejected
-from pipelines.corpus.tar import sample_key
+from pipelines.corpus.listing import PACKED, SourceFile, list_files, listing_digest, packed_hint
 
 __all__ = ["Entries", "Source", "open_source", "split_from_name"]
 
@@ -30,48 +29,15 @@ SPLIT_NAMES = {
     "t10k": "test",  # MNIST's own name of its test set.
 }
 VERSION = re.compile(r"@(current|[0-9a-f]{12,64})$")  # The source is a corpus.
+KINDS: dict[Kind, str] = {"idx": "IDX files", "tars": "tars", "files": "image files"}
 IMAGE_NAMES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-
-
-@dataclass(slots=True)
-class Entries:
-    """One entry a sample, as columns."""
-
-    path: list[str] = field(default_factory=list)  # Relative source path: names the sample for ever.
-    uri: list[str] = field(default_factory=list)  # Object that holds its bytes.
-    offset: list[int] = field(default_factory=list)  # Row of an IDX file, byte in a tar, -1: the whole object.
-    size: list[int] = field(default_factory=list)  # Source bytes.
-    etag: list[str] = field(default_factory=list)
-    split: list[str | None] = field(default_factory=list)  # None: the source does not say.
-    label: list[Any] = field(default_factory=list)  # Class name, or its number; with multi_label a tuple of them.
-    times: list[int] = field(default_factory=list)  # How often each comes per epoch, of another corpus; empty: once.
-    multi_label: bool = False
-    class_names: tuple[str, ...] | None = None  # Where labels are numbers and the source names them.
-    rejected: list[Rejected] = field(default_factory=list)
-    ignored: Counter[str] = field(default_factory=Counter)
-
-    def __len__(self) -> int:
-        return len(self.path)
-
-    def add(self, path: str, uri: str, offset: int, size: int, etag: str, split: str | None, label: Any) -> None:
-        self.path.append(path)
-        self.uri.append(uri)
-        self.offset.append(offset)
-        self.size.append(size)
-        self.etag.append(etag)
-        self.split.append(split)
-        self.label.append(label)
-
-    def reject(self, path: str, split: str | None, reason: str, detail: str) -> None:
-        shown = path.encode("utf-8", "backslashreplace").decode()
-        self.rejected.append(Rejected(sample_key(path), shown, split or "", -1, reason, detail))
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
     uri: str
     kind: Kind
-    files: list[SourceFile]
+    files: Sequence[SourceFile]
     ignored: dict[str, int]
     rows: Any = None  # Of a list; the corpus that is read.
 
@@ -112,6 +78,8 @@ def open_source(uri: str) -> Source:
     from pipelines.corpus.idx import is_idx
     from pipelines.corpus.lists import is_list, list_files_of
 
+    if not uri.strip():
+        raise SourceError("source is empty; it takes a folder, an s3://BUCKET/PREFIX, a list of images or a corpus")
     if VERSION.search(uri):
         from pipelines.corpus.manifest import open_corpus
 
@@ -121,21 +89,26 @@ def open_source(uri: str) -> Source:
         return Source(uri, "list", [listed, *(file for file in found if not isinstance(file, str))], {}, (rows, found))
     files, ignored = list_files(uri)
 
-    tars = [file for file in files if file.path.endswith(".tar")]
-    idx = [file for file in files if is_idx(file.path)]
-    images = [file for file in files if _is_image_name(file.path)]
-    kinds = {"IDX files": idx, "tars": tars, "image files": images}
-    present = [f"{len(found):,} {name}" for name, found in kinds.items() if found]
+    kinds = Counter(_kind_of(file.path, is_idx) for file in files)
+    present = [f"{kinds[kind]:,} {name}" for kind, name in KINDS.items() if kinds[kind]]
     if len(present) > 1:
         raise SourceError(f"source {uri} holds {' and '.join(present)}; point it at a folder with one kind of them")
     if not present:
+        if packed := next((file.path for file in files if file.path.lower().endswith(PACKED)), ""):
+            raise SourceError(f"source {uri} holds no image and no .tar; {packed_hint(packed)}")
         shown = ", ".join(file.path for file in files[:3])
         raise SourceError(
             f"source {uri} holds no image: {len(files):,} other files such as {shown};"
             " it takes class folders with JPEG, PNG or WebP images, IDX files or WebDataset tars"
         )
-    kind: Kind = "idx" if idx else "tars" if tars else "files"
+    (kind,) = [kind for kind in KINDS if kinds[kind]]
     return Source(uri, kind, files, ignored)
+
+
+def _kind_of(path: str, is_idx: Callable[[str], bool]) -> Kind | None:
+    if path.endswith(".tar"):
+        return "tars"
+    return "idx" if is_idx(path) else "files" if _is_image_name(path) else None
 
 
 def split_from_name(name: str) -> str | None:
@@ -150,12 +123,15 @@ def _is_image_name(path: str) -> bool:
 
 def _folder_entries(uri: str, files: Sequence[SourceFile]) -> Entries:
     """[SPLIT/]CLASS/.../FILE. Top-level folders are splits if all of them have names of splits, else classes."""
-    images = [file.path.split("/") for file in files if _is_image_name(file.path)]
-    tops = {parts[0] for parts in images if len(parts) > 1}
-    has_splits = bool(tops) and all(top.lower() in SPLIT_NAMES for top in tops)
-    if has_splits and not any(len(parts) > 2 for parts in images):
+    depths: dict[str, int] = {}  # By top-level folder, how deep an image lies below it.
+    for file in files:
+        top, *below = file.path.split("/")
+        if below and _is_image_name(file.path):
+            depths[top] = max(depths.get(top, 0), len(below))
+    has_splits = bool(depths) and all(top.lower() in SPLIT_NAMES for top in depths)
+    if has_splits and max(depths.values()) < 2:
         raise SourceError(
-            f"source {uri}: {', '.join(sorted(tops))} hold images and no class folders; it takes [SPLIT/]CLASS/FILE"
+            f"source {uri}: {', '.join(sorted(depths))} hold images and no class folders; it takes [SPLIT/]CLASS/FILE"
         )
     entries = Entries()
     for file in files:
@@ -185,21 +161,14 @@ def _check(uri: str, entries: Entries, min_classes: int) -> None:
     if not len(entries):
         reasons = Counter(item.reason for item in entries.rejected)
         raise SourceError(f"source {uri} gives no sample ({dict(reasons)}); images lie in one folder per class")
-    labels = (label for labels in entries.label for label in labels) if entries.multi_label else entries.label
-    if len(names := set(labels)) < min_classes:
+    names = entries.labels.keys()
+    if len(names) < min_classes:
         raise SourceError(
             f"source {uri} has one class only ({', '.join(map(str, names))}); a classifier needs two or more:"
             " the source is the folder above the class folders"
         )
-    twice = _first_repeated(entries.path)
-    if twice is not None:
-        raise SourceError(f"source {uri}: {twice} occurs twice; sample names must differ")
-
-
-def _first_repeated(paths: Iterable[str]) -> str | None:
-    seen: set[str] = set()
-    for path in paths:
-        if path in seen:
-            return path
-        seen.add(path)
-    return None
+    if repeated := entries.repeated():
+        first, second = repeated
+        if first == second:
+            raise SourceError(f"source {uri}: {first} occurs twice; sample names must differ")
+        raise SourceError(f"source {uri}: {first} and {second} have the same 64-bit key; rename one of them")

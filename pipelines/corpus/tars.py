@@ -15,14 +15,16 @@ from dataclasses import asdict
 from typing import Any
 
 from pipelines import store
+from pipelines.corpus.entries import Entries
 from pipelines.corpus.errors import SourceError
 from pipelines.corpus.fetch import read_source
 from pipelines.corpus.images import ImageRejected
+from pipelines.corpus.labels import parse_labels
 from pipelines.corpus.listing import SourceFile
 from pipelines.corpus.parallel import map_items
 from pipelines.corpus.quarantine import Rejected
 from pipelines.corpus.ranged import RangedFile
-from pipelines.corpus.sources import SPLIT_NAMES, Entries, split_from_name
+from pipelines.corpus.sources import SPLIT_NAMES, split_from_name
 
 __all__ = ["tar_entries"]
 
@@ -42,9 +44,18 @@ def tar_entries(files: Sequence[SourceFile], num_workers: int | None = 0) -> Ent
     entries = Entries()
     tars = [file for file in files if file.path.endswith(".tar")]
     entries.ignored["other"] = len(files) - len(tars)
-    for part in _scanned(tars, num_workers):
-        for name in COLUMNS:
-            getattr(entries, name).extend(part[name])
+    for tar, part in zip(tars, _scanned(tars, num_workers), strict=True):
+        labels = [tuple(label) if isinstance(label, list) else label for label in part["label"]]
+        kinds = {isinstance(label, tuple) for label in labels}
+        if kinds and not len(entries):
+            entries.multi_label = True in kinds
+        if kinds - {entries.multi_label}:
+            raise SourceError(
+                f"{tar.uri} has samples with one label where others of the source have a list, or a list where they"
+                " have one; use the same in all"
+            )
+        for row in zip(*(part[name] for name in COLUMNS[:-1]), labels, strict=True):
+            entries.add(*row)
         entries.rejected += [Rejected(**item) for item in part["rejected"]]
         entries.ignored.update(part["ignored"])
     entries.ignored += type(entries.ignored)()  # Drops zeros.
@@ -63,7 +74,7 @@ def _scanned(tars: Sequence[SourceFile], num_workers: int | None) -> Iterator[Ma
 
 def _scan(item: Mapping[str, Any]) -> dict[str, Any]:
     found = _one_tar(SourceFile(**item))
-    columns = {name: getattr(found, name) for name in COLUMNS}
+    columns = {name: list(getattr(found, name)) for name in COLUMNS}
     return columns | {"rejected": [asdict(one) for one in found.rejected], "ignored": dict(found.ignored)}
 
 
@@ -168,8 +179,8 @@ def _add_sample(
         entries.ignored[f"tar_member_{name}"] += 1
 
 
-def _label(tar: tarfile.TarFile, sample: dict[str, tarfile.TarInfo]) -> str | int | None:
-    """.cls as a number or a name; else "label" of .json."""
+def _label(tar: tarfile.TarFile, sample: dict[str, tarfile.TarInfo]) -> Any:
+    """.cls as a number or a name; else "label" of .json, else its "labels" as a tuple."""
     for name in ("cls", "json"):
         member = sample.get(name)
         if member is None or member.size > LABEL_BYTES:
@@ -178,7 +189,10 @@ def _label(tar: tarfile.TarFile, sample: dict[str, tarfile.TarInfo]) -> str | in
         try:
             value = stream.read().decode().strip() if stream else ""
             if name == "json":
-                value = json.loads(value).get("label")
+                described = json.loads(value)
+                value = described.get("label")
+                if value is None and "labels" in described:
+                    return parse_labels(json.dumps(described).encode())
         except (ValueError, AttributeError):
             continue
         if isinstance(value, str) and value.isdecimal():

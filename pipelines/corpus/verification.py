@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,10 +12,12 @@ from typing import Any
 
 from pipelines import store
 from pipelines.corpus.adopt import IMAGE_EXTENSIONS
+from pipelines.corpus.adoption import scan_id
+from pipelines.corpus.changed import SHARD_NAME
 from pipelines.corpus.checks import check_image
 from pipelines.corpus.errors import ManifestError
 from pipelines.corpus.images import MAX_FILE_BYTES, ImageRejected
-from pipelines.corpus.labels import LABEL_BYTES, read_label
+from pipelines.corpus.labels import LABEL_BYTES, parse_labels, read_label
 from pipelines.corpus.manifest import Corpus, open_corpus
 from pipelines.corpus.members import Member, TarStream
 from pipelines.corpus.rows import shard_rows
@@ -37,6 +38,11 @@ PROBLEMS = {
     "label": "the tar has another label than the table",
     "image": "the image cannot be read, or has another size than the table says",
     "stray": "a tar that no version lists and no unfinished run planned",
+}
+BLAME = {
+    True: "; under its old ETag: the store gives other bytes than it took",
+    False: "; its ETag is another one too: it was written over",
+    None: "",
 }
 SHOWN = 20  # Findings of one kind and tar that are listed; all are counted.
 
@@ -120,15 +126,20 @@ def stray_tars(corpus: Corpus) -> tuple[list[Finding], int]:
 
 
 def check_shard(item: Mapping[str, Any], reference: str, deep: bool) -> dict[str, Any]:
-    """`item` names the shard by number. Returns {findings, counts, sha256, samples, bytes}; never raises for damage."""
+    """`item` names the shard by number. Returns {findings, counts, sha256, samples, bytes, written_again}.
+
+    Never raises for damage. `written_again`: the bytes are right, the ETag is not the one that the writer saw.
+    """
     corpus = _corpus(reference)
     shard = int(item["shard"])
     row = {name: corpus.table[name][shard].as_py() for name in corpus.table.column_names}
     found = _Found()
     sha256, samples, size = "", 0, 0
+    same_etag: bool | None = None
     try:
         info = store.stat(corpus.shard_uri(shard))
         size = info.size
+        same_etag = has_etag_of_writer(corpus, shard, info)
         if size != row["bytes"]:
             found.add("size", f"{size:,} bytes, the manifest says {row['bytes']:,}")
         sha256, samples = _check_bytes(corpus, shard, row, info, deep, found)
@@ -139,14 +150,50 @@ def check_shard(item: Mapping[str, Any], reference: str, deep: bool) -> dict[str
     except ManifestError as error:
         found.add("rows", str(error))
     if sha256 and sha256 != row["sha256"]:
-        found.add("sha256", f"{sha256[:12]}, the manifest says {row['sha256'][:12]}")
+        found.add("sha256", f"{sha256[:12]}, the manifest says {row['sha256'][:12]}{BLAME[same_etag]}")
     return {
         "findings": found.findings,
         "counts": dict(found.counts),
         "sha256": sha256,
         "samples": samples,
         "bytes": size,
+        "written_again": same_etag is False and not found.counts,
     }
+
+
+def has_etag_of_writer(corpus: Corpus, shard: int, info: store.ObjectInfo) -> bool | None:
+    """Whether the tar has the ETag that was seen when it was written or indexed; None: that is not known any more.
+
+    No part of the manifest: the same corpus made twice is the same bytes. Records of the plan and of scans have it.
+    """
+    origin, name, split = corpus, corpus.table["name"][shard].as_py(), corpus.table["split"][shard].as_py()
+    if corpus.layout.source is not None:
+        origin = corpus.source(int(corpus.layout.source[shard]))
+    try:
+        if made := SHARD_NAME.search(name):
+            plan = _plans(origin.uri).get(made[1], "")
+            record = store.read_json(store.join(origin.uri, "plans", plan, "shards", f"{made[2]}.json"))
+            return bool(record["etag"] == info.etag)
+        places = _scans(origin.uri)
+    except store.NotFound:
+        return None
+    # A local tar was listed without its inode.
+    etag = info.etag if store.is_s3(info.uri) else info.etag.rpartition("-")[0]
+    scan = scan_id({"path": name, "size": info.size, "etag": etag, "split": split})
+    return any(store.exists(store.join(place, f"{scan}.json")) for place in places) if places else None
+
+
+@lru_cache(maxsize=8)
+def _plans(base: str) -> dict[str, str]:
+    """Digests of the plans by their first digits."""
+    found = [info.uri.split("/") for info in store.list_objects(store.join(base, "plans"))]
+    return {parts[-2][:12]: parts[-2] for parts in found if parts[-1] == "plan.json"}
+
+
+@lru_cache(maxsize=8)
+def _scans(base: str) -> list[str]:
+    found = [info.uri for info in store.list_objects(store.join(base, "scans"))]
+    return [uri.removesuffix("/about.json") for uri in found if uri.endswith("/about.json")]
 
 
 @lru_cache(maxsize=2)
@@ -253,13 +300,12 @@ class _Held:
 
     def _check_label(self, row: Mapping[str, Any], members: Mapping[str, bytes]) -> None:
         label: Any
+        label = read_label(members.get("cls"), members.get("json"))
+        label = self._numbers.get(label, label) if isinstance(label, str) else label
+        wanted = row.get("label")
         if row.get("labels") is not None:
-            try:
-                label, wanted = json.loads(members.get("json", b"null"))["labels"], row["labels"]
-            except (ValueError, KeyError, TypeError):
-                label, wanted = None, row["labels"]
-        else:
-            label, wanted = read_label(members.get("cls"), members.get("json")), row["label"]
-            label = self._numbers.get(label, label) if isinstance(label, str) else label
+            several = parse_labels(members.get("json", b"")) if label is None else (label,)
+            named = [self._numbers.get(one, -1) if isinstance(one, str) else one for one in several or ()]
+            label, wanted = sorted(named), row["labels"]
         if label != wanted:
             self._found.add("label", f"sample {row['key']} has {label!r}, the table says {wanted!r}")

@@ -12,6 +12,7 @@ from infra.endpoints import Endpoints
 from pipelines import store
 from pipelines.corpus.manifest import Corpus
 from pipelines.reader import fetch
+from pipelines.store import s3
 
 from ..pipelines.reader.conftest import picture
 from .proxy import Fault, FaultProxy, Kind
@@ -33,10 +34,10 @@ def proxy(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProx
     with FaultProxy(os.environ["AWS_ENDPOINT_URL"]) as found:
         monkeypatch.setenv("AWS_ENDPOINT_URL", found.url)
         monkeypatch.setattr(fetch, "STALL_SECONDS", 0.4)
-        monkeypatch.setattr(store, "ATTEMPTS", 3)
-        store._clients.clear()
+        monkeypatch.setattr(s3, "ATTEMPTS", 3)
+        s3._clients.clear()
         yield found
-    store._clients.clear()
+    s3._clients.clear()
     fetch._etags.clear()
 
 

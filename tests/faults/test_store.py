@@ -16,6 +16,7 @@ from pipelines.config import from_dict
 from pipelines.corpus.manifest import Corpus, open_corpus
 from pipelines.index import IndexRecipe, adopt_tars
 from pipelines.shard import ShardRecipe, make_corpus
+from pipelines.store import s3
 from tests.pipelines.corpus.foreign import write_tars
 from tests.pipelines.corpus.inputs import class_folders
 
@@ -30,9 +31,9 @@ def proxy(stack: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
     """In front of the real object store, for this process alone."""
     with FaultProxy(stack.s3_endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        store._clients.clear()
+        s3._clients.clear()
         yield proxy
-    store._clients.clear()
+    s3._clients.clear()
 
 
 @pytest.fixture
@@ -94,7 +95,7 @@ def test_files_in_parts_arrive_whole_both_ways(kind: Kind, proxy: FaultProxy, pl
 def test_a_store_that_stays_away_is_an_error_with_the_address(
     proxy: FaultProxy, place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(store, "ATTEMPTS", 2)
+    monkeypatch.setattr(s3, "ATTEMPTS", 2)
     store.write(f"{place}/x", b"1")
     proxy.add(Fault("unavailable", times=None))
     with pytest.raises(store.StoreError, match=f"cannot read {place}/x"):

@@ -456,3 +456,87 @@ def test_tars_in_a_bucket_with_identity_and_tracking(tmp_path: Path, stack: Any)
     assert not again.reused and open_corpus(again.uri).digest == corpus.digest
     store.upload(local / "val" / "x.tar", store.join(prefix, "test.tar"))
     assert open_corpus(index.run(recipe(prefix)).uri).splits == {"train": 24, "val": 12, "test": 12}
+
+
+# Several labels an image --------------------------------------------------------------------------------------------
+
+
+def several(key: str, number: int) -> list[Member]:
+    """A list in .json, of names; every fourth sample has one label of the usual kind."""
+    labels = [("cat", "dog", "owl")[i % 3] for i in range(number, number + 1 + number % 2)]
+    described = {"label": labels[0]} if number % 4 == 3 else {"labels": labels}
+    return [(f"{key}.json", json.dumps(described).encode()), (f"{key}.png", picture(number, kind="PNG"))]
+
+
+def test_lists_of_labels_stand_in_the_sample_table_and_are_verified(tmp_path: Path) -> None:
+    from pipelines.verify import VerifyRecipe, verify
+
+    source = write_tars(tmp_path / "s", members=several)
+    (source / "b-train-9.tar").write_bytes(foreign_tar(in_names("p", "dog") + in_names("q", "cat")))
+    corpus = adopt(source).corpus
+    assert corpus.head.multi_label and corpus.class_names == ("cat", "dog", "owl") and corpus.head.rejected == {}
+    number = 0
+    for split in ("train", "val"):
+        for row in corpus.samples(split).to_pylist()[: 24 if split == "train" else 12]:
+            wanted = sorted({i % 3 for i in range(number, number + 1 + number % 2)})
+            assert row["labels"] == ([number % 3] if number % 4 == 3 else wanted)
+            number += 1
+    assert corpus.samples("train")["labels"].to_pylist()[24:] == [[1], [0]]
+    checked = from_dict(VerifyRecipe, {"corpus": str(source), "deep": True, "num_workers": 0})
+    assert verify(checked).counts == {}
+    tar = source / "b-train-9.tar"
+    tar.write_bytes(tar.read_bytes().replace(b'"dog"', b'"owl"'))
+    assert verify(checked).counts["label"] == 1
+
+
+def in_names(key: str, name: str) -> list[Member]:
+    return [(f"{key}.json", json.dumps({"label": name}).encode()), (f"{key}.png", picture(ord(key), kind="PNG"))]
+
+
+@pytest.mark.parametrize("labels", ["[]", '"cat"', "[[1]]", "[true]", "[null, 1]", "[-1]", '{"a": 1}'])
+def test_what_is_no_list_of_labels_is_a_missing_label(labels: str, tmp_path: Path) -> None:
+    odd: list[Member] = [("odd.json", f'{{"labels": {labels}}}'.encode()), ("odd.png", picture(7, kind="PNG"))]
+    corpus = one_tar(tmp_path / "s", odd).corpus
+    assert corpus.head.rejected == {"missing_label": 1} and not corpus.head.multi_label
+
+
+def test_tars_with_lists_of_labels_are_sharded_and_lists_beside_single_labels_are_refused(tmp_path: Path) -> None:
+    from pipelines.shard import ShardRecipe, make_corpus
+
+    def lists(key: str, number: int) -> list[Member]:
+        described = json.dumps({"labels": [number % 3, 3]}).encode()
+        return [(f"{key}.json", described), (f"{key}.png", picture(number, kind="PNG"))]
+
+    source = write_tars(tmp_path / "s", members=lists)
+    values = {"source": str(source), "destination": str(tmp_path / "c"), "num_workers": 0}
+    corpus = make_corpus(from_dict(ShardRecipe, values))
+    assert corpus.head.multi_label and corpus.splits == {"train": 24, "val": 12}
+    assert {tuple(row) for row in corpus.samples("train")["labels"].to_pylist()} == {(0, 3), (1, 3), (2, 3)}
+    (source / "z.tar").write_bytes(foreign_tar(sample("one", 1)))
+    with pytest.raises(SourceError, match=r"z.tar has samples with one label where others"):
+        make_corpus(from_dict(ShardRecipe, values))
+
+
+def test_a_class_number_of_hundreds_of_millions_is_refused_and_costs_no_memory(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(foreign_tar(sample("a", 0) + sample("b", 1, label=b"999999999")))
+    with pytest.raises(SourceError, match=r"label 999999999 \(in x.tar\); class numbers count from 0"):
+        adopt(tmp_path)
+
+
+def test_a_tar_that_is_really_gzip_says_so(tmp_path: Path) -> None:
+    import gzip
+
+    (tmp_path / "x.tar").write_bytes(gzip.compress(foreign_tar(sample("a", 1))))
+    with pytest.raises(SourceError, match=r"compressed .*unpack it"):
+        adopt(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x.tar.gz", "more.tgz", "x.tar.zst"])
+def test_packed_tars_are_refused_with_the_remedy_by_both_verbs(name: str, tmp_path: Path) -> None:
+    from pipelines.corpus.sources import open_source
+
+    (tmp_path / name).write_bytes(b"x")
+    for place in (tmp_path, tmp_path / name):
+        for call in (adopt, lambda path: open_source(str(path))):
+            with pytest.raises(SourceError, match=r"is compressed: no range of it can be read, unpack it"):
+                call(place)

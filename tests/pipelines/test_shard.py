@@ -26,6 +26,7 @@ from pipelines.corpus.manifest import Corpus, open_corpus
 from pipelines.corpus.small import write_corpus
 from pipelines.identity import digest_of
 from pipelines.shard import ShardRecipe, make_corpus
+from pipelines.store.local import TEMPORARY
 
 from .corpus.inputs import animation, class_folders, idx_folder, picture, png_header, tar_folder
 
@@ -132,7 +133,7 @@ def test_killed_at_any_moment_nothing_half_written_shows_and_the_same_command_en
         assert tar.stat().st_mtime_ns == tars[tar]
     whole = make_corpus(recipe(source, tmp_path / "whole"))
     assert corpus.digest == whole.digest and files_of(base) == files_of(tmp_path / "whole")
-    assert not [path for path in base.rglob("*") if store.TEMPORARY in path.name and path.suffix == ".json"]
+    assert not [path for path in base.rglob("*") if TEMPORARY in path.name and path.suffix == ".json"]
 
 
 def test_killed_at_random_moments_again_and_again_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
@@ -164,6 +165,36 @@ def test_of_two_writers_to_one_destination_the_lease_lets_one_write(tmp_path: Pa
         make_corpus(recipe(source, base))
     assert not (base / "current.json").exists() and not (base / "plans").exists()
     assert make_corpus(recipe(source, base)).splits == {"train": 12}
+
+
+def test_of_two_processes_that_write_to_one_destination_one_writes_and_the_other_says_who(tmp_path: Path) -> None:
+    source, other = (class_folders(tmp_path / name, {"cat": 60, name: 60}) for name in ("dog", "owl"))
+    base = tmp_path / "c"
+
+    def start(folder: Path) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", KILLED, str(folder), str(base)]
+        return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+    first = start(source)
+    deadline = time.monotonic() + 120
+    while not list(base.glob("plans/*/shards/*.json")) and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    first.send_signal(signal.SIGSTOP)  # In the middle of its shards, with the lease.
+    try:
+        before = files_of(base)
+        for folder in (source, other):
+            late = start(folder)
+            _, errors = late.communicate(timeout=120)
+            assert late.returncode and f"is held by process {first.pid} on " in errors
+            assert "which writes to it now; run the same command again when it has ended" in errors
+        assert files_of(base) == before and not (base / "current.json").exists()
+    finally:
+        first.send_signal(signal.SIGCONT)
+    _, errors = first.communicate(timeout=120)
+    assert first.returncode == 0, errors
+    assert open_corpus(f"{base}@current").class_names == ("cat", "dog")
+    assert start(other).wait(120) == 0
+    assert open_corpus(f"{base}@current").class_names == ("cat", "owl")
 
 
 def test_a_finished_shard_that_was_damaged_or_lost_is_made_again(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +18,11 @@ from pipelines.config import from_dict
 from pipelines.corpus.manifest import Corpus, open_corpus
 from pipelines.corpus.small import write_corpus
 from pipelines.index import adopt_tars
+from pipelines.shard import ShardRecipe, make_corpus
 from pipelines.verify import Verdict, VerifyRecipe, verify
 
 from .corpus.foreign import write_tars
-from .corpus.inputs import picture, png_header
+from .corpus.inputs import class_folders, picture, png_header
 from .test_index import named, recipe
 
 IMAGES = [(("train", "val")[i % 4 == 3], "ab"[i % 2], f"{'ab'[i % 2]}/{i}.png", picture(i)) for i in range(40)]
@@ -51,7 +53,48 @@ def test_a_clean_corpus_is_clean(deep: bool, corpus: Corpus) -> None:
     verdict = check(Path(corpus.uri), deep=deep)
     assert verdict.findings == [] and verdict.counts == {}
     assert (verdict.samples, verdict.shards) == (corpus.head.samples, corpus.head.shards)
-    assert verdict.bytes == corpus.head.bytes
+    assert verdict.bytes == corpus.head.bytes and verdict.written_again == 0
+
+
+@pytest.fixture(params=["sharded", "adopted"])
+def recorded(request: pytest.FixtureRequest, tmp_path: Path) -> Corpus:
+    """By the stages themselves, whose records know the ETags."""
+    if request.param == "adopted":
+        return adopt_tars(recipe(write_tars(tmp_path / "c", members=named))).corpus
+    settings = {"source": str(class_folders(tmp_path / "s", {"a": 9, "b": 8})), "destination": str(tmp_path / "c")}
+    return make_corpus(from_dict(ShardRecipe, {**settings, "shard_bytes": 3000, "num_workers": 0}))
+
+
+def flip(corpus: Corpus) -> None:
+    data = bytearray(tar(corpus).read_bytes())
+    data[corpus.samples("train").to_pylist()[1]["offset"] + 560] ^= 1
+    tar(corpus).write_bytes(data)
+
+
+def test_a_tar_that_was_written_again_is_told_from_one_that_was_written_over_and_from_rot(recorded: Corpus) -> None:
+    place = tar(recorded)
+    times = place.stat().st_mtime_ns
+    assert check(Path(recorded.uri)).written_again == 0
+    place.write_bytes(place.read_bytes())
+    os.utime(place, ns=(times + 1000, times + 1000))
+    verdict = check(Path(recorded.uri))
+    assert verdict.counts == {} and verdict.written_again == 1
+    flip(recorded)
+    os.utime(place, ns=(times + 1000, times + 1000))
+    (over,) = [finding for finding in check(Path(recorded.uri)).findings if finding.kind == "sha256"]
+    assert "it was written over" in over.detail
+    os.utime(place, ns=(times, times))
+    (rot,) = [finding for finding in check(Path(recorded.uri)).findings if finding.kind == "sha256"]
+    assert "under its old ETag" in rot.detail
+
+
+def test_a_version_of_shards_that_others_hold_knows_their_etags(recorded: Corpus) -> None:
+    from pipelines.corpus.grow import exclude
+
+    exclude(recorded.reference, [recorded.samples("train")["key"][0].as_py()])
+    os.utime(tar(recorded, 1))
+    verdict = check(Path(recorded.uri))
+    assert verdict.counts == {} and verdict.written_again == 1
 
 
 def flip_image_byte(corpus: Corpus) -> None:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from pipelines.corpus.checks import is_whole_jpeg
 from pipelines.corpus.images import MAX_FILE_BYTES, MAX_PIXELS, ImageRejected, inspect_image
 from pipelines.corpus.quarantine import NOTES, REASONS
 
@@ -115,3 +116,59 @@ def test_what_is_let_in_can_be_read_by_the_shared_decoder() -> None:
         facts = inspect_image(data)
         assert tuple(decode.decode_image(data, 3).shape) == (3, facts.height, facts.width)
         assert Image.open(io.BytesIO(data)).size == (facts.width, facts.height)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"optimize": True}, {"restart_marker_blocks": 2}])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_the_quick_look_at_a_plain_jpeg_says_what_the_shared_decoder_says(
+    mode: str, options: dict[str, object]
+) -> None:
+    from vit_model.preprocess import ImageError, decode_image
+
+    file = io.BytesIO()
+    picture_of_noise(mode).save(file, "JPEG", quality=85, **options)
+    rng = random.Random(0)
+    agreed = {True: 0, False: 0}
+    for _ in range(1500):
+        data = damaged(file.getvalue(), rng)
+        try:
+            if not inspect_image(data).is_plain:
+                continue
+        except ImageRejected:
+            continue
+        try:
+            decode_image(data, 3)
+            is_whole = True
+        except ImageError:
+            is_whole = False
+        assert is_whole_jpeg(data) == is_whole
+        agreed[is_whole] += 1
+    assert min(agreed.values()) > 100
+
+
+def picture_of_noise(mode: str) -> Image.Image:
+    return Image.frombytes("RGB", (37, 45), random.Random(1).randbytes(37 * 45 * 3)).convert(mode)
+
+
+def damaged(data: bytes, rng: random.Random) -> bytes:
+    """Cut and ended, some bytes changed, some left out, or the header touched."""
+    at = rng.randrange(2, len(data))
+    match rng.randrange(4):
+        case 0:
+            return data[:at] + b"\xff\xd9"
+        case 1:
+            return data[:at] + rng.randbytes(2) + data[at + 2 :]
+        case 2:
+            return data[:at] + data[at + rng.randrange(1, 9) :]
+    at = rng.randrange(2, 600)
+    return data[:at] + rng.randbytes(1) + data[at + 1 :]
+
+
+def test_a_jpeg_with_exif_or_a_profile_is_not_plain() -> None:
+    file = io.BytesIO()
+    picture_of_noise("RGB").save(file, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\0\0")
+    assert not inspect_image(file.getvalue()).is_plain
+    picture_of_noise("RGB").save(file := io.BytesIO(), "JPEG", icc_profile=b"profile")
+    assert not inspect_image(file.getvalue()).is_plain
+    picture_of_noise("RGB").convert("CMYK").save(file := io.BytesIO(), "JPEG")
+    assert not inspect_image(file.getvalue()).is_plain

@@ -219,3 +219,35 @@ def test_a_corpus_is_a_source_whose_images_are_checked_by_their_hash(tmp_path: P
     tar.write_bytes(data)
     with pytest.raises(CorpusError, match="is not what the manifest says"):
         make_corpus(ShardRecipe(source=first.reference, destination=str(tmp_path / "c"), num_workers=0))
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ('{"uri": "pics/000.png", "label": "x", "split": "../../out"}', "'../../out' is no split name"),
+        ('{"uri": "pics/000.png", "label": "x", "split": "Tra in"}', "'tra in' is no split name"),
+        ('{"uri": "pics/000.png", "label": 99999999999999999999}', "class numbers count from 0, up to 999,999"),
+        ('{"uri": "pics/000.png", "label": 2000000000}', "class numbers count from 0, up to 999,999"),
+        ('{"uri": "pics/000.png", "label": ' + "[" * 100_000 + "]" * 100_000 + "}", "cannot be read"),
+    ],
+)
+def test_a_hostile_list_is_an_error_that_says_why_and_writes_nothing(line: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "pics").mkdir()
+    (tmp_path / "pics" / "000.png").write_bytes(picture(0))
+    kind = type(json.loads(line)["label"]) if len(line) < 1000 else str
+    second = json.dumps({"uri": "pics/./000.png", "label": kind(1)})
+    (tmp_path / "list.jsonl").write_text(f"{line}\n{second}\n")
+    with pytest.raises(SourceError, match=words):
+        shard(tmp_path / "list.jsonl", tmp_path / "deep" / "c")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["000.png", "list.jsonl", "pics"]
+
+
+def test_a_list_of_far_too_many_splits_and_a_name_with_a_nul_are_told(tmp_path: Path) -> None:
+    rows = [{"uri": f"{i}.png", "label": "xy"[i % 2], "split": f"s{i}"} for i in range(101)]
+    for row in rows:
+        (tmp_path / str(row["uri"])).write_bytes(picture(1))
+    with pytest.raises(SourceError, match="more than 100 splits"):
+        shard(write_list(tmp_path / "list.jsonl", rows), tmp_path / "c")
+    odd = [{"uri": "a\0.png", "label": "x"}, *({"uri": f"{i}.png", "label": "xy"[i]} for i in range(2))]
+    corpus = shard(write_list(tmp_path / "odd.jsonl", odd), tmp_path / "c", max_bad_fraction=0.5)
+    assert corpus.head.rejected == {"unreadable": 1}

@@ -99,10 +99,10 @@ def test_everything_that_decides_a_shard_is_in_the_name_of_the_plan(tmp_path: Pa
 
 def test_samples_of_a_tar_keep_their_order_and_whole_tars_are_permuted(tmp_path: Path) -> None:
     _, listing = plan_of(tmp_path / "c", tar_folder(tmp_path / "s", tars=9, samples=4))
-    tars = [path.split("/")[0] for path in listing["path"].to_pylist()]  # type: ignore[index]
+    tars = [path.split("/")[0] for path in listing.table()["path"].to_pylist()]  # type: ignore[attr-defined]
     runs = [tars[i] for i in range(0, 36, 4)]
     assert tars == [tar for tar in runs for _ in range(4)] and runs != sorted(runs) and len(set(runs)) == 9
-    offsets = listing["offset"].to_pylist()  # type: ignore[index]
+    offsets = listing.table()["offset"].to_pylist()  # type: ignore[attr-defined]
     assert all(offsets[i : i + 4] == sorted(offsets[i : i + 4]) for i in range(0, 36, 4))
 
 
@@ -141,5 +141,7 @@ def test_numbered_labels_need_a_name_each(names: list[str], words: str | None, t
 
 def test_given_classes_decide_the_labels(tmp_path: Path) -> None:
     plan, listing = plan_of(tmp_path / "c", class_folders(tmp_path / "s", {"a": 2, "b": 2}), classes=["z", "b", "a"])
-    labels = {path[0]: label for path, label in zip(*(listing[n].to_pylist() for n in ("path", "label")), strict=True)}  # type: ignore[index]
+    labels = {
+        path[0]: label for path, label in zip(*(listing.table()[n].to_pylist() for n in ("path", "label")), strict=True)
+    }  # type: ignore[attr-defined]
     assert plan.class_names == ("z", "b", "a") and labels == {"a": 2, "b": 1}

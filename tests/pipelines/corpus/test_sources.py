@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipelines.corpus.entries import Entries
 from pipelines.corpus.errors import SourceError
 from pipelines.corpus.fetch import Planned, fetch
 from pipelines.corpus.idx import encode_png
 from pipelines.corpus.images import inspect_image
-from pipelines.corpus.sources import Entries, open_source, split_from_name
+from pipelines.corpus.sources import open_source, split_from_name
 
 from .inputs import class_folders, idx_folder, idx_images, idx_labels, picture, tar_bytes, tar_folder
 
@@ -27,8 +28,14 @@ def test_class_folders_give_one_entry_a_file(tmp_path: Path) -> None:
     source = open_source(str(class_folders(tmp_path / "s", {"cat": 3, "dog/brown": 2})))
     entries = source.entries()
     assert source.kind == "files"
-    assert entries.path == ["cat/0000.png", "cat/0001.jpg", "cat/0002.png", "dog/brown/0000.png", "dog/brown/0001.jpg"]
-    assert entries.label == ["cat"] * 3 + ["dog"] * 2 and set(entries.split) == {None}
+    assert list(entries.path) == [
+        "cat/0000.png",
+        "cat/0001.jpg",
+        "cat/0002.png",
+        "dog/brown/0000.png",
+        "dog/brown/0001.jpg",
+    ]
+    assert list(entries.label) == ["cat"] * 3 + ["dog"] * 2 and set(entries.split) == {None}
     for path, data in zip(entries.path, fetch("files", planned(entries)), strict=True):
         assert data == (tmp_path / "s" / path).read_bytes()
 
@@ -198,7 +205,7 @@ def test_tars_of_others_are_read_sample_by_sample(tmp_path: Path) -> None:
     source = open_source(str(base))
     entries = source.entries()
     assert source.kind == "tars" and len(entries) == 30
-    assert entries.label[:4] == [0, 1, 2, 0] and dict(entries.ignored) == {"tar_member_txt": 30}
+    assert list(entries.label)[:4] == [0, 1, 2, 0] and dict(entries.ignored) == {"tar_member_txt": 30}
     with tarfile.open(base / "some-001.tar") as tar:
         whole = {f"some-001.tar/{m.name}": tar.extractfile(m).read() for m in tar}  # type: ignore[union-attr]
     found = dict(zip(entries.path, fetch("tars", planned(entries)), strict=True))
@@ -270,7 +277,7 @@ def test_links_devices_and_paths_that_escape_have_no_effect(tmp_path: Path) -> N
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "x.tar").write_bytes(file.getvalue())
     entries = open_source(str(tmp_path / "s")).entries()
-    assert entries.path == ["x.tar/fine.png", "x.tar/a..b/fine.png"]
+    assert list(entries.path) == ["x.tar/fine.png", "x.tar/a..b/fine.png"]
     assert entries.ignored == {"tar_link_or_device": 3, "tar_member_outside": 2}
     assert [(item.reason, item.source) for item in entries.rejected] == [
         ("bad_name", "x.tar/../../escape.png"),
@@ -291,7 +298,7 @@ def test_a_source_that_changed_since_the_plan_is_an_error_by_name(kind: str, cha
     ]
     make(tmp_path / "s")
     entries = open_source(str(tmp_path / "s")).entries()
-    victim = Path(entries.uri[-1])
+    victim = Path(list(entries.uri)[-1])
     victim.unlink() if change == "gone" else os.utime(victim, (5, 5))
     with pytest.raises(SourceError, match="gone since" if change == "gone" else "has changed since") as caught:
         list(fetch(kind, planned(entries)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from pipelines.corpus.errors import CorpusError
 from pipelines.corpus.grow import exclude, versions
 from pipelines.corpus.manifest import Corpus, open_corpus
+from pipelines.corpus.resize import ResizeConfig
 from pipelines.corpus.selection import first_per_class, random_fraction, repeat_factors, whole_times
 from pipelines.corpus.small import write_corpus
 from pipelines.mix import MixPart, MixRecipe, make_mix
@@ -212,6 +214,56 @@ def test_new_images_are_appended_as_a_version_and_nothing_is_written_twice(tmp_p
     last = exclude(grown.reference, ["owl/0000.png"])
     assert last.head.parent == grown.digest and sum(last.splits.values()) == 57
     check_reading(last)
+
+
+@pytest.mark.parametrize("plans_left", [True, False])
+def test_an_image_that_changed_under_its_old_name_stops_an_append_and_one_that_was_touched_does_not(
+    plans_left: bool, tmp_path: Path
+) -> None:
+    source = class_folders(tmp_path / "s", {"cat": 9, "dog": 9})
+    shard(source, tmp_path / "c")
+    (source / "cat" / "new.png").write_bytes(picture(900))
+    parent = shard(source, tmp_path / "c", append=True)
+    assert len(parent.head.sources) == 2
+    if not plans_left:
+        for path in (tmp_path / "c" / "plans").rglob("listing/*"):
+            path.unlink()
+    os.utime(source / "cat" / "0000.png", (5, 5))
+    (source / "dog" / "new.png").write_bytes(picture(901))
+    parent = shard(source, tmp_path / "c", append=True)
+    assert sum(parent.splits.values()) == 20 and parent.head.ignored["in_parent"] == 19
+    (source / "cat" / "0002.png").write_bytes(picture(902))
+    (source / "dog" / "0001.jpg").write_bytes(b"")
+    with pytest.raises(CorpusError, match=r"2 images have changed since .*: cat/0002.png, dog/0001.jpg; a version"):
+        shard(source, tmp_path / "c", append=True)
+    assert open_corpus(f"{tmp_path / 'c'}@current") == parent
+
+
+def test_an_image_that_the_recipe_resized_is_known_by_its_etag_alone(tmp_path: Path) -> None:
+    source = class_folders(tmp_path / "s", {"cat": 5, "dog": 5}, size=(60, 50))
+    settings: dict[str, Any] = {"resize": ResizeConfig(side="longest", pixels=20), "append": True}
+    shard(source, tmp_path / "c", **settings | {"append": False})
+    (source / "cat" / "new.png").write_bytes(picture(900))
+    assert sum(shard(source, tmp_path / "c", **settings).splits.values()) == 11
+    os.utime(source / "cat" / "0000.png", (5, 5))
+    with pytest.raises(CorpusError, match="1 images have changed"):
+        shard(source, tmp_path / "c", **settings)
+
+
+def test_a_tar_that_was_written_anew_with_more_samples_gives_its_new_ones(tmp_path: Path) -> None:
+    def write(count: int, first: int = 0) -> None:
+        members = [((f"{i}.cls", b"%d" % (i % 2)), (f"{i}.png", picture(first + i))) for i in range(count)]
+        (tmp_path / "s").mkdir(exist_ok=True)
+        (tmp_path / "s" / "x.tar").write_bytes(tar_bytes([member for pair in members for member in pair]))
+
+    write(6)
+    shard(tmp_path / "s", tmp_path / "c")
+    write(9)
+    grown = shard(tmp_path / "s", tmp_path / "c", append=True)
+    assert grown.splits == {"train": 9} and grown.head.ignored["in_parent"] == 6
+    write(9, first=50)
+    with pytest.raises(CorpusError, match=r"9 images have changed since .* and 6 more"):
+        shard(tmp_path / "s", tmp_path / "c", append=True)
 
 
 def test_adopted_tars_that_name_their_classes_can_be_mixed_and_withdrawn(tmp_path: Path) -> None:
