@@ -73,6 +73,8 @@ class FinetuneRecipe(Strict):
     def __post_init__(self) -> None:
         if self.resolution < 1:
             raise ValueError(f"resolution={self.resolution} px shows nothing; the paper uses 384")
+        if self.train.masked is not None:
+            raise ValueError("train.masked belongs to pretrain; its weights are what finetune starts from")
         if self.model is not None and {"dropout", "patch_dropout"} & self.model.overrides().keys():
             raise ValueError(
                 "model.dropout and model.patch_dropout have no effect in finetune; set dropout beside model"

@@ -129,9 +129,11 @@ def train_model(
 ) -> Outcome:
     """Work out the job, say what will be done, and do it on the cluster."""
     from pipelines.reader.loader import WINDOW_PAGES, choose_lanes
+    from pipelines.training import masked
     from pipelines.training.worker import TrainJob, choose_placement, connect, launch, shown
     from vit_model import OutputSpec, build_model, count_parameters, forward_macs
 
+    task = recipe.train.masked
     connect()
     placement = choose_placement(recipe.workers)
     num_workers = placement.count
@@ -163,7 +165,7 @@ def train_model(
         output_spec=OutputSpec(
             class_names=corpus.class_names, activation="softmax" if recipe.train.loss == "softmax" else "sigmoid"
         ),
-        macs_per_image=forward_macs(model, num_classes, head),
+        macs_per_image=masked.macs(model, task) if task else forward_macs(model, num_classes, head),
         train=recipe.train,
         optimizer=recipe.optimizer,
         schedule=recipe.schedule,
@@ -179,7 +181,8 @@ def train_model(
         teacher=_put_teacher(teacher, attempt),
         head_bias=head_bias or 0.0,
     )
-    parameters = count_parameters(build_model(model, num_classes, head, device="meta"))
+    built = masked.build(model, task, device="meta") if task else build_model(model, num_classes, head, device="meta")
+    parameters = count_parameters(built)
     say(
         f"{attempt.stage}: batch {batch_size} over {placement}, "
         f"{total_steps:,} steps = {total_steps * batch_size / num_images:.3g} epochs of {num_images:,} images, "

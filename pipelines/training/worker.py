@@ -123,7 +123,7 @@ def build_session(job: TrainJob, ranks: Ranks, local_size: int = 1) -> Session:
     from pipelines.training.objective import Objective, class_weight_tensor
     from pipelines.training.session import Session, SessionConfig
     from pipelines.training.teacher import load_teacher
-    from vit_model import build_model, normalize, save_weights
+    from vit_model import build_model, normalize, save_weights, without_masking
 
     try:
         require(job.engine.name, job.engine.pixels)
@@ -179,6 +179,10 @@ def build_session(job: TrainJob, ranks: Ranks, local_size: int = 1) -> Session:
         return DeviceBatches(stream, ranks.device)
 
     def export(path: Path, tensors: Mapping[str, Tensor]) -> None:
+        if job.train.masked is not None:
+            whole = build_model(model.config, 0, device="meta")
+            whole.load_state_dict(without_masking(tensors), assign=True)
+            return save_weights(whole, path, input_spec=job.input_spec)
         whole = build_model(model.config, num_classes, job.head, device="meta")
         whole.load_state_dict(dict(tensors), assign=True)
         save_weights(whole, path, input_spec=job.input_spec, output_spec=job.output_spec)
@@ -236,9 +240,12 @@ def build_session(job: TrainJob, ranks: Ranks, local_size: int = 1) -> Session:
 
 def build_initial(job: TrainJob) -> Model:
     """The model before the first step: the same on every rank."""
+    from pipelines.training.masked import build
     from vit_model import build_model, load_model
 
     num_classes = len(job.output_spec.class_names)
+    if job.train.masked is not None:
+        return build(job.model, job.train.masked, seed=job.seed)
     if job.initial is None:
         return build_model(job.model, num_classes, job.head, head_bias=job.head_bias, seed=job.seed)
     with tempfile.TemporaryDirectory(prefix="vit-initial-") as folder:

@@ -16,6 +16,7 @@ from pipelines.training.rules import check_together
 
 RECIPES = [name for name in packaged_recipes() if name.startswith("pretrain/")]
 TWINS = {  # The first pattern that fits.
+    "vit_*_masked_*": "masked",
     "bit_*_jft": "bit_jft",
     "r50_vit_*_jft": "hybrid_jft",
     "vit_*_jft": "vit_jft",
@@ -70,5 +71,6 @@ def test_every_recipe_has_a_small_twin_with_the_same_loss_and_schedule(name: str
         assert attrgetter(of)(twin) == attrgetter(of)(recipe), of
     for of in ("crop", "policy", "color_jitter", "cutmix"):
         assert getattr(twin.augment, of) == getattr(recipe.augment, of), of
+    assert twin.train.masked == recipe.train.masked
     assert (twin.augment.preset is None) == (recipe.augment.preset is None)
     assert twin.model.pool == recipe.model.pool and twin.model.position == recipe.model.position
