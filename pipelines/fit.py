@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "TrainingRecipe",
     "check_choices",
+    "check_model",
     "check_splits",
     "log_pictures",
     "metrics_of",
@@ -97,6 +98,19 @@ def check_choices(recipe: TrainingRecipe, corpus: Corpus) -> None:
         raise ValueError(f"train.class_weights names {', '.join(unknown)}, which {corpus.uri} has not")
 
 
+def check_model(train: TrainConfig, model: ModelConfig) -> None:
+    """What the budget asks of the model; raises ValueError with the remedy."""
+    from pipelines.training.masked import num_outputs
+
+    if train.masked is not None:
+        num_outputs(train.masked, model)
+    if train.packing is not None and (model.kind == "resnet" or model.drop_path):
+        raise ValueError(
+            "train.packing packs the tokens of a ViT into one row, which drop_path would drop whole; take a ViT with"
+            " drop_path: 0, or train.progressive"
+        )
+
+
 def model_config(config: SizeConfig, resolution: int, **overrides: Any) -> ModelConfig:
     """The model that a recipe describes."""
     from vit_model import ViTConfig, variant
@@ -134,6 +148,7 @@ def train_model(
     from vit_model import OutputSpec, build_model, count_parameters, forward_macs
 
     task = recipe.train.masked
+    check_model(recipe.train, model)
     connect()
     placement = choose_placement(recipe.workers)
     num_workers = placement.count
