@@ -165,7 +165,7 @@ def _work(
             teacher=teacher,
             head_bias=recipe.model.head_bias if recipe.model is not None else None,
         )
-        log_pictures(run, outcome, corpus.class_names)
+        log_pictures(run, attempt, outcome, corpus.class_names)
         return _result(recipe, corpus, attempt, run, outcome, lineage, folder)
 
 

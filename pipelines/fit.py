@@ -242,11 +242,20 @@ def metrics_of(outcome: Outcome) -> dict[str, float]:
     return metrics
 
 
-def log_pictures(run: Run, outcome: Outcome, class_names: Sequence[str]) -> None:
-    """Confusion matrix and sample predictions of the last validation, as figures of the MLflow run."""
+def log_pictures(run: Run, attempt: Attempt, outcome: Outcome, class_names: Sequence[str]) -> None:
+    """Figures of the MLflow run: all of it on one page, confusion and sample predictions of the last validation."""
     import numpy as np
 
-    from pipelines.tracking.figures import confusion_figure, predictions_figure
+    from pipelines.tracking.figures import PANELS, confusion_figure, predictions_figure, summary_figure
+
+    facts = {name: f"{value:.6g}" for name, value in sorted(metrics_of(outcome).items()) if name != "eta_seconds"}
+    facts = {
+        "code": identity.code_origin(),
+        "steps": f"{outcome.step:,}",
+        "seconds": f"{outcome.train_seconds:.0f}",
+    } | facts
+    curves = {key: run.history(key) for keys in PANELS.values() for key in keys}
+    run.log_figure(summary_figure(attempt.name, facts, curves), "summary")
 
     if outcome.confusion is not None:
         matrix = np.asarray(outcome.confusion, np.int64)

@@ -123,7 +123,7 @@ def _work(recipe: PretrainRecipe, corpus: Corpus, teacher: Weights | None, attem
             teacher=teacher,
             head_bias=recipe.model.head_bias,
         )
-        log_pictures(run, outcome, corpus.class_names)
+        log_pictures(run, attempt, outcome, corpus.class_names)
         return attempt.result(
             uri=outcome.weights,
             run_id=run.id,
