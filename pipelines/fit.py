@@ -144,8 +144,9 @@ def train_model(
     """Work out the job, say what will be done, and do it on the cluster."""
     from pipelines.reader.loader import WINDOW_PAGES, choose_lanes
     from pipelines.training import masked
+    from pipelines.training.compute import macs_per_image
     from pipelines.training.worker import TrainJob, choose_placement, connect, launch, shown
-    from vit_model import OutputSpec, build_model, count_parameters, forward_macs
+    from vit_model import OutputSpec, build_model, count_parameters
 
     task = recipe.train.masked
     check_model(recipe.train, model)
@@ -180,7 +181,7 @@ def train_model(
         output_spec=OutputSpec(
             class_names=corpus.class_names, activation="softmax" if recipe.train.loss == "softmax" else "sigmoid"
         ),
-        macs_per_image=masked.macs(model, task) if task else forward_macs(model, num_classes, head),
+        macs_per_image=macs_per_image(model, num_classes, head, recipe.train),
         train=recipe.train,
         optimizer=recipe.optimizer,
         schedule=recipe.schedule,

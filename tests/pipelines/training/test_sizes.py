@@ -12,6 +12,7 @@ from pipelines.config import RecipeError, from_dict
 from pipelines.fit import check_model
 from pipelines.pretrain import PretrainRecipe
 from pipelines.training.build import build_state
+from pipelines.training.compute import macs_per_image
 from pipelines.training.config import AdamW, MaskedConfig, PackingConfig, ProgressiveConfig, TrainConfig
 from pipelines.training.loop import Hooks, LoopConfig, train
 from pipelines.training.objective import Objective
@@ -20,7 +21,7 @@ from pipelines.training.schedules import ScheduleConfig
 from pipelines.training.sizes import draw_sizes, forward_packed, scaled, shrink, size_at
 from pipelines.training.state import TrainState
 from tests.pipelines.training.test_masked import MODEL, batch, batches, prepare
-from vit_model import ViTConfig, build_model, variant
+from vit_model import ViTConfig, build_model, forward_macs, variant
 
 
 def test_progressive_sizes_grow_evenly_to_whole_images() -> None:
@@ -111,6 +112,19 @@ def test_pieces_of_a_packed_batch_add_up_to_its_gradient() -> None:
         )
 
     assert loss(slice(0, 2)) + loss(slice(2, 6)) == pytest.approx(loss(slice(0, 6)), rel=1e-5)
+
+
+def test_compute_counts_what_is_seen_of_an_image_in_the_mean_over_the_run() -> None:
+    model = ViTConfig()
+
+    def share(model: ViTConfig, **options: Any) -> float:
+        return macs_per_image(model, 10, "linear", TrainConfig(total_steps=1, **options)) / forward_macs(model, 10)
+
+    assert share(model) == 1.0
+    assert share(ViTConfig(patch_dropout=0.5)) == pytest.approx(0.5, abs=0.01)
+    assert share(model, progressive=ProgressiveConfig(smallest=0.5, until=1.0)) == pytest.approx(0.57, abs=0.02)
+    assert share(model, packing=PackingConfig(smallest=0.5)) == pytest.approx(0.57, abs=0.02)
+    assert share(model, progressive=ProgressiveConfig(smallest=0.5, until=0.01)) == pytest.approx(1.0, abs=0.01)
 
 
 def test_what_does_not_fit_is_refused() -> None:
