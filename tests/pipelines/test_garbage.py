@@ -125,7 +125,7 @@ def test_with_a_real_registry_what_a_version_an_alias_or_a_lease_names_survives(
     tuned, older = digest_named("gc tuned"), digest_named("gc older")
     name = f"gc-{tuned[:8]}"
     for digest in (older, tuned):
-        own = attempt(digest)
+        own = attempt(digest, stage="pretrain")
         with track(own, ToyRecipe(), corpus=ToyCorpus()) as run:
             reference = registry.register_version(
                 run,
