@@ -66,21 +66,24 @@ class Estimate:
 
 def estimate(recipe: Any, size: Size, hardware: Hardware, count: int, mfu: float, price: float | None) -> Estimate:
     """`recipe` is of pretrain or finetune; the mathematics of the paper's compute axis: 6 FLOPs a MAC."""
+    from pipelines.training import masked
+    from pipelines.training.compute import macs_per_image
     from pipelines.training.config import ParallelConfig
     from pipelines.training.memory import activation_bytes, state_bytes
-    from vit_model import build_model, count_parameters, forward_macs
+    from vit_model import build_model, count_parameters
 
     model = _model(recipe)
     head: Literal["linear", "mlp"] = getattr(recipe, "head", "linear")
-    built = build_model(model, size.classes, head, device="meta")
+    task = recipe.train.masked
+    built = masked.build(model, task, device="meta") if task else build_model(model, size.classes, head, device="meta")
     parameters = count_parameters(built)
     blocks = [count_parameters(block) for block in getattr(built, "blocks", [])]
-    macs = forward_macs(_trained(model), size.classes, head)
+    macs = macs_per_image(model, size.classes, head, recipe.train)
     steps, batch = recipe.train.steps(size.images), recipe.train.batch_size
     parallel: ParallelConfig = recipe.parallel
     parts = count // (parallel.replicas or 1) if parallel.kind == "hsdp" else count
     state = state_bytes(parameters, max(blocks, default=parameters), recipe.optimizer, recipe.train, parallel, parts)
-    image = activation_bytes(model, size.classes, head, recipe.train)
+    image = activation_bytes(model, 0 if task else size.classes, head, recipe.train)
     rate = mfu * hardware.peak_flops * count / (6.0 * macs)
     seconds = steps * batch / rate
     dollars = seconds / 3600 * count * (hardware.dollars_per_hour if price is None else price)
@@ -155,19 +158,6 @@ def _model(recipe: Any) -> ModelConfig:
     with tempfile.TemporaryDirectory(prefix="vit-estimate-") as folder:
         config, _, _ = read_specs(fetch_weights(recipe.weights, Path(folder)).path)
     return dataclasses.replace(config, resolution=recipe.resolution)
-
-
-def _trained(model: ModelConfig) -> ModelConfig:
-    """With as few patches as training keeps: MACs of a smaller image of about as many patches."""
-    import dataclasses
-
-    share = getattr(model, "patch_dropout", 0.0)
-    if not share:
-        return model
-    height, width = model.size
-    side = model.patch_size  # type: ignore[union-attr]
-    rows = max(1, round(height / side * (1 - share)))
-    return dataclasses.replace(model, resolution=(rows * side, width))
 
 
 def _size(recipe: Any, images: int | None, classes: int | None, prepare: Callable[[], None]) -> Size:

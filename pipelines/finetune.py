@@ -73,6 +73,8 @@ class FinetuneRecipe(Strict):
     def __post_init__(self) -> None:
         if self.resolution < 1:
             raise ValueError(f"resolution={self.resolution} px shows nothing; the paper uses 384")
+        if self.train.masked is not None:
+            raise ValueError("train.masked belongs to pretrain; its weights are what finetune starts from")
         if self.model is not None and {"dropout", "patch_dropout"} & self.model.overrides().keys():
             raise ValueError(
                 "model.dropout and model.patch_dropout have no effect in finetune; set dropout beside model"
@@ -168,7 +170,7 @@ def _work(
             teacher=teacher,
             head_bias=recipe.model.head_bias if recipe.model is not None else None,
         )
-        log_pictures(run, outcome, corpus.class_names)
+        log_pictures(run, attempt, outcome, corpus.class_names)
         return _result(recipe, corpus, attempt, run, outcome, lineage, folder)
 
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "TrainingRecipe",
     "check_choices",
+    "check_model",
     "check_splits",
     "log_pictures",
     "metrics_of",
@@ -97,6 +98,19 @@ def check_choices(recipe: TrainingRecipe, corpus: Corpus) -> None:
         raise ValueError(f"train.class_weights names {', '.join(unknown)}, which {corpus.uri} has not")
 
 
+def check_model(train: TrainConfig, model: ModelConfig) -> None:
+    """What the budget asks of the model; raises ValueError with the remedy."""
+    from pipelines.training.masked import num_outputs
+
+    if train.masked is not None:
+        num_outputs(train.masked, model)
+    if train.packing is not None and (model.kind == "resnet" or model.drop_path):
+        raise ValueError(
+            "train.packing packs the tokens of a ViT into one row, which drop_path would drop whole; take a ViT with"
+            " drop_path: 0, or train.progressive"
+        )
+
+
 def model_config(config: SizeConfig, resolution: int, **overrides: Any) -> ModelConfig:
     """The model that a recipe describes."""
     from vit_model import ViTConfig, variant
@@ -129,10 +143,14 @@ def train_model(
 ) -> Outcome:
     """Work out the job, say what will be done, and do it on the cluster."""
     from pipelines.reader.loader import WINDOW_PAGES, choose_lanes
+    from pipelines.training import masked
+    from pipelines.training.compute import macs_per_image
     from pipelines.training.job import TrainJob
     from pipelines.training.worker import choose_placement, connect, launch
-    from vit_model import OutputSpec, build_model, count_parameters, forward_macs
+    from vit_model import OutputSpec, build_model, count_parameters
 
+    task = recipe.train.masked
+    check_model(recipe.train, model)
     connect()
     placement = choose_placement(recipe.workers)
     num_images = corpus.splits[recipe.split]
@@ -161,7 +179,7 @@ def train_model(
         output_spec=OutputSpec(
             class_names=corpus.class_names, activation="softmax" if recipe.train.loss == "softmax" else "sigmoid"
         ),
-        macs_per_image=forward_macs(model, num_classes, head),
+        macs_per_image=macs_per_image(model, num_classes, head, recipe.train),
         train=recipe.train,
         optimizer=recipe.optimizer,
         schedule=recipe.schedule,
@@ -177,7 +195,8 @@ def train_model(
         teacher=_put_teacher(teacher, attempt),
         head_bias=head_bias or 0.0,
     )
-    parameters = count_parameters(build_model(model, num_classes, head, device="meta"))
+    built = masked.build(model, task, device="meta") if task else build_model(model, num_classes, head, device="meta")
+    parameters = count_parameters(built)
     say(
         f"{attempt.stage}: batch {batch_size} over {placement}, "
         f"{total_steps:,} steps = {total_steps * batch_size / num_images:.3g} epochs of {num_images:,} images, "
@@ -230,11 +249,20 @@ def metrics_of(outcome: Outcome) -> dict[str, float]:
     return metrics
 
 
-def log_pictures(run: Run, outcome: Outcome, class_names: Sequence[str]) -> None:
-    """Confusion matrix and sample predictions of the last validation, as figures of the MLflow run."""
+def log_pictures(run: Run, attempt: Attempt, outcome: Outcome, class_names: Sequence[str]) -> None:
+    """Figures of the MLflow run: all of it on one page, confusion and sample predictions of the last validation."""
     import numpy as np
 
-    from pipelines.tracking.figures import confusion_figure, predictions_figure
+    from pipelines.tracking.figures import PANELS, confusion_figure, predictions_figure, summary_figure
+
+    facts = {name: f"{value:.6g}" for name, value in sorted(metrics_of(outcome).items()) if name != "eta_seconds"}
+    facts = {
+        "code": identity.code_origin(),
+        "steps": f"{outcome.step:,}",
+        "seconds": f"{outcome.train_seconds:.0f}",
+    } | facts
+    curves = {key: run.history(key) for keys in PANELS.values() for key in keys}
+    run.log_figure(summary_figure(attempt.name, facts, curves), "summary")
 
     if outcome.confusion is not None:
         matrix = np.asarray(outcome.confusion, np.int64)

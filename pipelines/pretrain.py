@@ -69,12 +69,26 @@ class PretrainRecipe(Strict):
     def __post_init__(self) -> None:
         if self.resolution < 1:
             raise ValueError(f"resolution={self.resolution} px shows nothing; the paper uses 224")
+        if self.train.masked is not None:
+            self._check_masked()
         patch_size = self.model.patch_size
         if self.model.variant is None and patch_size is not None and self.resolution % patch_size:
             near = max(patch_size, round(self.resolution / patch_size) * patch_size)
             raise ValueError(
                 f"resolution={self.resolution} is not divisible by model.patch_size={patch_size}; nearest: {near}"
             )
+
+    def _check_masked(self) -> None:
+        """What reads no label leaves no classes."""
+        if self.head != "linear" or self.distill is not None or self.model.head_bias is not None:
+            raise ValueError(
+                "head: mlp, distill and model.head_bias have no effect with train.masked, which trains no classes;"
+                " set head: linear and leave the others out"
+            )
+        if self.augment.mixup or self.augment.cutmix:
+            raise ValueError("augment.mixup and cutmix mix labels, which train.masked does not read; remove them")
+        if self.model.patch_dropout or self.model.pool == "map":
+            raise ValueError("train.masked asks patches: model.patch_dropout and pool: map do not fit it; remove them")
 
 
 def run(recipe: PretrainRecipe) -> StageResult:
@@ -109,7 +123,7 @@ def _work(recipe: PretrainRecipe, corpus: Corpus, teacher: Weights | None, attem
             teacher=teacher,
             head_bias=recipe.model.head_bias,
         )
-        log_pictures(run, outcome, corpus.class_names)
+        log_pictures(run, attempt, outcome, corpus.class_names)
         return attempt.result(
             uri=outcome.weights,
             run_id=run.id,

@@ -6,6 +6,7 @@ from vit_model.config import HeadKind, ModelConfig, ResNetConfig, ViTConfig, con
 from vit_model.features import Features
 from vit_model.flops import forward_macs, training_flops
 from vit_model.initialize import initialize
+from vit_model.masked import MaskedViT, build_masked, without_masking
 from vit_model.preprocess import ImageError, InputSpec, OutputSpec, decode_image, load_image, normalize
 from vit_model.resnet import ResNet
 from vit_model.variants import VARIANTS, variant
@@ -18,6 +19,7 @@ __all__ = [
     "HeadKind",
     "ImageError",
     "InputSpec",
+    "MaskedViT",
     "Model",
     "ModelConfig",
     "OutputSpec",
@@ -25,6 +27,7 @@ __all__ = [
     "ResNetConfig",
     "ViT",
     "ViTConfig",
+    "build_masked",
     "build_model",
     "config_from_dict",
     "config_to_dict",
@@ -41,4 +44,5 @@ __all__ = [
     "save_weights",
     "training_flops",
     "variant",
+    "without_masking",
 ]

@@ -1,9 +1,9 @@
-"""Pictures for MLflow: confusion matrix, sample predictions, reliability. Class names are hostile input here."""
+"""Pictures for MLflow: confusion, predictions, reliability, a run on one page. Class names are hostile input here."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +13,25 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["boxes_for_unknown_letters", "confusion_figure", "plain", "predictions_figure", "reliability_figure"]
+__all__ = [
+    "boxes_for_unknown_letters",
+    "confusion_figure",
+    "plain",
+    "predictions_figure",
+    "reliability_figure",
+    "summary_figure",
+]
 
 MOST_NAMED = 40  # Classes with their names on the axes.
 MOST_DRAWN = 1000  # Classes drawn at all.
+PANELS = {  # Of the page of a run: curves by their names in MLflow.
+    "loss": ("train/loss", "val/loss", "ema/loss"),
+    "top-1": ("train/top1", "val/top1", "ema/top1"),
+    "learning rate": ("lr",),
+    "gradient norm": ("grad_norm",),
+    "images/s": ("images_per_second",),
+    "seconds a step": ("time/step", "time/data_wait"),
+}
 
 
 def plain(text: str, width: int = 24) -> str:
@@ -98,6 +113,30 @@ def reliability_figure(calibration: Any) -> Figure:
     axes.set_xlabel("stated probability")
     axes.set_ylabel("observed accuracy")
     axes.set_title(f"expected calibration error {calibration.error:.4f}")
+    return figure
+
+
+def summary_figure(title: str, facts: Mapping[str, str], curves: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
+    """One page (A4): what the run was and came to, and its curves, points by (step, value); `PANELS` names them."""
+    figure = _figure(8.3, 11.7)
+    grid = figure.add_gridspec(4, 2, height_ratios=[max(1.0, 0.09 * len(facts)), 1.6, 1.6, 1.6])
+    head = figure.add_subplot(grid[0, :])
+    head.axis("off")
+    width = max((len(name) for name in facts), default=0)
+    lines = [f"{name:<{width}}  {plain(value, 80)}" for name, value in facts.items()]
+    head.set_title(plain(title, 80), loc="left", fontweight="bold", parse_math=False)
+    head.text(0, 1, "\n".join(lines), va="top", family="monospace", fontsize="x-small", parse_math=False)
+    for place, (name, keys) in enumerate(PANELS.items()):
+        axes = figure.add_subplot(grid[1 + place // 2, place % 2])
+        axes.set_title(name, fontsize="small")
+        axes.set_xlabel("step", fontsize="x-small")
+        axes.tick_params(labelsize="x-small")
+        drawn = [key for key in keys if curves.get(key)]
+        for key in drawn:
+            steps, values = zip(*curves[key], strict=True)
+            axes.plot(steps, values, label=key, marker="." if len(steps) < 30 else None, linewidth=1)
+        if len(drawn) > 1:
+            axes.legend(fontsize="x-small", frameon=False)
     return figure
 
 

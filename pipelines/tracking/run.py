@@ -79,6 +79,15 @@ class Run:
         # The only cheap way to the step: the public `data.metrics` drops it, the history has every point.
         return max((int(metric.step) for metric in data._metric_objs if metric.key == key), default=-1)
 
+    def history(self, key: str) -> list[tuple[int, float]]:
+        """Points of a curve as MLflow has them, by step; empty where it has none or does not answer."""
+        points: list[tuple[int, float]] = []
+        self._try(
+            lambda: points.extend((point.step, point.value) for point in self.client.get_metric_history(self.id, key)),
+            f"history of {key}",
+        )
+        return sorted(points)
+
     def log_figure(self, figure: Any, name: str) -> None:
         """A matplotlib figure as figures/NAME.png."""
         from pipelines.tracking.figures import boxes_for_unknown_letters
@@ -110,7 +119,7 @@ class Run:
             call()
         except (MlflowException, OSError) as error:
             # A picture is worth less than the training run that made it.
-            log.warning("%s was not stored in MLflow: %s", what, first_line(error))
+            log.warning("%s: MLflow did not do it: %s", what, first_line(error))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from pipelines.training.optimizer_config import (
     Adam,
     AdamW,
     AnyOptimizer,
+    Lamb,
     MuonAdamW,
     OptimizerConfig,
     ScheduleFree,
@@ -25,10 +26,14 @@ __all__ = [
     "CheckpointConfig",
     "DistillConfig",
     "EmaConfig",
+    "Lamb",
+    "MaskedConfig",
     "ModelConfig",
     "MuonAdamW",
     "OptimizerConfig",
+    "PackingConfig",
     "ParallelConfig",
+    "ProgressiveConfig",
     "ScheduleFree",
     "Sgd",
     "TrainConfig",
@@ -108,6 +113,44 @@ class DistillConfig(Strict):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MaskedConfig(Strict):
+    """Masked patch prediction (arXiv 2010.11929, appendix B.1.2): no label is read."""
+
+    share: float = 0.5  # Of the patch embeddings of each image that are corrupted; the paper also tried 0.15.
+    # What each corrupted patch is asked: its mean colour in 3 bits a channel; that of each cell of a 4x4 grid; pixels.
+    target: Literal["mean_colour", "colours", "pixels"] = "mean_colour"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share={self.share} is outside 0 < share <= 1; the paper corrupts 0.5")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProgressiveConfig(Strict):
+    """Small images first: every step takes one size, from `smallest` evenly up to whole images."""
+
+    smallest: float = 0.5  # Side of the first steps' images over the whole side; to whole patches.
+    until: float = 0.6  # Share of the steps after which images are whole.
+
+    def __post_init__(self) -> None:
+        if not 0 < self.smallest < 1 or not 0 < self.until <= 1:
+            raise ValueError(
+                f"smallest={self.smallest}, until={self.until}: give 0 < smallest < 1 and 0 < until <= 1; 0.5 and 0.6"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackingConfig(Strict):
+    """Images of many sizes in one row of tokens (NaViT, arXiv 2307.06304); each image draws its own scale."""
+
+    smallest: float = 0.5  # Scales are uniform from here to 1.
+
+    def __post_init__(self) -> None:
+        if not 0 < self.smallest < 1:
+            raise ValueError(f"smallest={self.smallest} is outside 0 < s < 1; 0.5 takes a third of the tokens away")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig(Strict):
     """The budget and the loss."""
 
@@ -120,6 +163,9 @@ class TrainConfig(Strict):
     # bf16: autocast over fp32 weights. bf16_pure: the model is bf16, the optimizer updates an fp32 copy.
     precision: Literal["fp32", "bf16", "bf16_pure"] = "fp32"
     class_weights: dict[str, float] | None = None  # Weight of a class in the loss, by its name; all others 1.
+    masked: MaskedConfig | None = None  # pretrain: predict masked patches in place of the labels.
+    progressive: ProgressiveConfig | None = None  # Smaller images first: cheaper steps.
+    packing: PackingConfig | None = None  # Each image at its own smaller size: cheaper steps.
     ema: EmaConfig | None = None  # Average of the weights over the steps.
     export: Literal["last", "best", "ema"] = "last"  # Which weights the stage hands on; the others lie beside them.
     # Images that one device takes at once; more are cut into pieces and their gradients added. auto: as many as fit.
@@ -138,6 +184,10 @@ class TrainConfig(Strict):
         for name, weight in (self.class_weights or {}).items():
             if not 0 <= weight < math.inf:
                 raise ValueError(f"class_weights.{name}={weight} is no weight; give a number of 0 or more")
+        if self.masked is not None and (self.loss != "softmax" or self.label_smoothing or self.class_weights):
+            raise ValueError("loss, label_smoothing and class_weights have no effect with masked; remove them")
+        if sum(option is not None for option in (self.masked, self.progressive, self.packing)) > 1:
+            raise ValueError("masked, progressive and packing exclude each other; keep one of them")
         if self.export == "ema" and self.ema is None:
             raise ValueError("export: ema needs an average; add ema: {decay: 0.9999}, or export: last")
         if self.batch_size < 1:

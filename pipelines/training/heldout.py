@@ -92,7 +92,9 @@ class HeldOut:
         metrics[f"time/{name}"] = time.perf_counter() - started
         self.latest.update(metrics)
         if name == split:
-            self.measured, self.images[name] = measured, measured.images
+            self.measured = measured
+            if self.config.masked is None:  # Shares of patches have no interval of so many images.
+                self.images[name] = measured.images
         if self.reporter is not None:
             self.reporter.log(metrics, step)
             self.reporter.progress(step=step, validation=metrics)

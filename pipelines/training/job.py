@@ -97,7 +97,7 @@ def build_session(
     from pipelines.training.objective import Objective, class_weight_tensor
     from pipelines.training.session import Session, SessionConfig
     from pipelines.training.teacher import load_teacher
-    from vit_model import build_model, normalize, save_weights
+    from vit_model import build_model, normalize, save_weights, without_masking
 
     try:
         require(job.engine.name, job.engine.pixels)
@@ -153,6 +153,10 @@ def build_session(
         return DeviceBatches(stream, ranks.device)
 
     def export(path: Path, tensors: Mapping[str, Tensor]) -> None:
+        if job.train.masked is not None:
+            whole = build_model(model.config, 0, device="meta")
+            whole.load_state_dict(without_masking(tensors), assign=True)
+            return save_weights(whole, path, input_spec=job.input_spec)
         whole = build_model(model.config, num_classes, job.head, device="meta")
         whole.load_state_dict(dict(tensors), assign=True)
         save_weights(whole, path, input_spec=job.input_spec, output_spec=job.output_spec)
@@ -223,9 +227,12 @@ def _watched(batches: Any, watch: Callable[[Batch], None]) -> Iterator[Iterator[
 
 def build_initial(job: TrainJob) -> Model:
     """The model before the first step: the same on every rank."""
+    from pipelines.training.masked import build
     from vit_model import build_model, load_model
 
     num_classes = len(job.output_spec.class_names)
+    if job.train.masked is not None:
+        return build(job.model, job.train.masked, seed=job.seed)
     if job.initial is None:
         return build_model(job.model, num_classes, job.head, head_bias=job.head_bias, seed=job.seed)
     with tempfile.TemporaryDirectory(prefix="vit-initial-") as folder:

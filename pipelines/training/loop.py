@@ -79,7 +79,7 @@ def train(
 
     `left_out`: steps whose batch is read and whose update is not made. Raises NotFinite, TrainingError.
     """
-    update = Stepper(state, config.train, ranks, prepare, objective, pieces)
+    update = Stepper(state, config.train, ranks, prepare, objective, pieces, config.total_steps)
     window = Window(ranks, config.train.batch_size, config.macs_per_image)
     state.model.train()
     with _CollectionUnderControl():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["loss_sum", "targets_of"]
+__all__ = ["count_correct", "loss_sum", "targets_of"]
 
 
 def targets_of(labels: Tensor, num_classes: int, label_smoothing: float) -> Tensor:
@@ -44,3 +44,10 @@ def loss_sum(
         terms = F.binary_cross_entropy_with_logits(logits, targets, weight=class_weights, reduction="none")
         each = terms.sum(dim=1)
     return torch.sum(each * weights)
+
+
+def count_correct(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Weighted number of right answers; with multi-hot labels the best class must be one of them."""
+    best = logits.argmax(dim=1)
+    right = best == labels if labels.ndim == 1 else labels.gather(1, best[:, None])[:, 0] > 0
+    return (right * weights).sum()

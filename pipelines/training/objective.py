@@ -1,15 +1,19 @@
-"""What a step minimises: the loss on the labels, and on a teacher's answers where there is one."""
+"""What a step minimises: the loss on the labels and on a teacher's answers, or on masked patches."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pipelines.batch import Batch
 from pipelines.training.config import TrainConfig
 from pipelines.training.distill import Teacher, teacher_loss
-from pipelines.training.losses import loss_sum
+from pipelines.training.forward import Prepare, forward
+from pipelines.training.losses import count_correct, loss_sum
+from pipelines.training.masked import corruption, masked_terms
+from pipelines.training.sizes import draw_sizes, forward_packed, stride_of
 
 __all__ = ["Objective", "class_weight_tensor"]
 
@@ -34,6 +38,27 @@ class Objective:
 
     def answers(self, images: Tensor) -> Tensor | None:
         return None if self.teacher is None else self.teacher.logits(images, self.config)
+
+    def plan(self, model: nn.Module, batch: Batch, seed: int, device: torch.device) -> Tensor | None:
+        """What is drawn for each image of the batch before its pixels are seen; (B, ...) or None."""
+        if self.config.packing is not None:
+            return draw_sizes(self.config.packing, batch, seed, stride_of(model))
+        return corruption(model, batch, self.config.masked, seed, device) if self.config.masked is not None else None
+
+    def terms(
+        self, model: nn.Module, images: Tensor, labels: Tensor, weights: Tensor, plan: Tensor | None, prepare: Prepare
+    ) -> tuple[Tensor, Tensor]:
+        """Sum of the losses, with a gradient, and of what was right; of a piece of a batch with its part of `plan`."""
+        if plan is not None and self.config.masked is not None:
+            return masked_terms(model, images, weights, plan, prepare, self.config)
+        answers = self.answers(images)
+        if plan is not None:
+            logits = forward_packed(model, images, plan, prepare, self.config)
+        else:
+            logits = forward(model, images, prepare, self.config)
+        loss = self(logits, labels, weights, answers)
+        with torch.no_grad():
+            return loss, count_correct(logits, labels, weights)
 
 
 def class_weight_tensor(given: Mapping[str, float] | None, class_names: Sequence[str]) -> Tensor | None:

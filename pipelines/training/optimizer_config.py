@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pipelines.config import BY_KIND, Strict
 
-__all__ = ["Adam", "AdamW", "AnyOptimizer", "MuonAdamW", "OptimizerConfig", "ScheduleFree", "Sgd"]
+__all__ = ["Adam", "AdamW", "AnyOptimizer", "Lamb", "MuonAdamW", "OptimizerConfig", "ScheduleFree", "Sgd"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +91,22 @@ class ScheduleFree(Strict):
             raise ValueError(f"betas={self.betas}: the first must be above 0, the average is computed from it; try 0.9")
 
 
-AnyOptimizer = AdamW | Adam | Sgd | MuonAdamW | ScheduleFree
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lamb(Strict):
+    """LAMB (arXiv 1904.00962): AdamW whose step of each tensor is as long as the tensor; large batches, DeiT III."""
+
+    kind: Literal["lamb"] = "lamb"
+    peak_lr: float = 3e-3  # Highest learning rate.
+    weight_decay: float = 0.05  # Decoupled, inside the step whose length is set.
+    betas: tuple[float, float] = (0.9, 0.999)  # Decay of the first and second moment.
+    eps: float = 1e-8
+    layer_decay: float | None = None  # Rate of each block relative to the next; null: all the same.
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+AnyOptimizer = AdamW | Adam | Sgd | MuonAdamW | ScheduleFree | Lamb
 OptimizerConfig = Annotated[AnyOptimizer, BY_KIND]
 
 

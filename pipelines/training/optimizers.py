@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipelines.training.config import Adam, AdamW, AnyOptimizer, MuonAdamW, ScheduleFree, Sgd
+from pipelines.training.config import Adam, AdamW, AnyOptimizer, Lamb, MuonAdamW, ScheduleFree, Sgd
+from pipelines.training.lamb import Lamb as LambOptimizer
 from pipelines.training.muon import Muon
 from pipelines.training.schedule_free import ScheduleFreeAdamW
 
 __all__ = ["build_optimizers", "is_block_matrix", "is_kernel", "layer_of", "set_lr"]
 
-STEM = ("patch_embedding", "position_embedding", "class_token", "registers", "stem", "root")
+STEM = ("patch_embedding", "position_embedding", "class_token", "registers", "mask_token", "stem", "root")
 
 
 def is_kernel(name: str, parameter: torch.Tensor) -> bool:
@@ -69,6 +70,8 @@ def build_optimizers(
                     groups, lr=config.peak_lr, momentum=config.momentum, nesterov=config.nesterov, fused=True
                 ),
             )
+        case Lamb():
+            built = (LambOptimizer(groups, config.peak_lr, config.betas, config.eps),)
         case ScheduleFree():
             built = (ScheduleFreeAdamW(groups, config.peak_lr, config.betas, config.eps, config.weight_decay),)
         case MuonAdamW():

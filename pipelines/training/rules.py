@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pipelines.training.config import (
     AnyOptimizer,
+    Lamb,
     MuonAdamW,
     ParallelConfig,
     ScheduleFree,
@@ -36,7 +37,9 @@ def check_together(
             )
         if train.ema is not None:
             raise ValueError("train.ema averages what optimizer kind: schedule_free averages itself; remove ema")
-    if isinstance(optimizer, MuonAdamW) and parallel.kind != "ddp":
+    if isinstance(optimizer, MuonAdamW | Lamb) and parallel.kind != "ddp":
+        whole = "matrices" if isinstance(optimizer, MuonAdamW) else "tensors"
         raise ValueError(
-            f"optimizer kind: muon needs whole matrices, parallel.kind={parallel.kind} cuts them; use ddp or adamw"
+            f"optimizer kind: {optimizer.kind} needs whole {whole}, parallel.kind={parallel.kind} cuts them; use ddp or"
+            " adamw"
         )

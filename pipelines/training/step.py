@@ -9,14 +9,15 @@ from torch import Tensor
 
 from pipelines.batch import Batch
 from pipelines.training.config import TrainConfig
-from pipelines.training.forward import Prepare, forward
+from pipelines.training.forward import Prepare
 from pipelines.training.objective import Objective
 from pipelines.training.optimizers import set_lr
 from pipelines.training.parallel import Gradients, GradientSum, Ranks, seed_step
 from pipelines.training.pieces import Pieces, is_out_of_memory
+from pipelines.training.sizes import shrink, size_at, stride_of
 from pipelines.training.state import TrainState
 
-__all__ = ["Counts", "Prepare", "Stepper", "count_correct", "forward", "gradients_of", "to_device"]
+__all__ = ["Counts", "Stepper", "gradients_of", "to_device"]
 
 
 @dataclass(slots=True)
@@ -30,13 +31,6 @@ class Counts:
 
     def stacked(self) -> Tensor:
         return torch.stack([self.loss, self.correct, self.images]).double()
-
-
-def count_correct(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """Weighted number of right answers; with multi-hot labels the best class must be one of them."""
-    best = logits.argmax(dim=1)
-    right = best == labels if labels.ndim == 1 else labels.gather(1, best[:, None])[:, 0] > 0
-    return (right * weights).sum()
 
 
 def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,20 +57,25 @@ class Stepper:
         prepare: Prepare,
         objective: Objective | None = None,
         pieces: Pieces | None = None,
+        total_steps: int | None = None,
     ) -> None:
+        """`total_steps`: of the run; progressive resolution needs it."""
         self.state, self.config, self.ranks, self.prepare = state, config, ranks, prepare
         self.gradients = gradients_of(state, ranks)
         self.objective = objective or Objective(config)
+        self.total_steps = total_steps
         self.pieces = pieces or Pieces(config.per_device_batch_size)
 
     def __call__(self, batch: Batch, seed: int, lr: float, skip: bool = False) -> Counts:
         """`batch` is this rank's part of the global batch. `skip`: all but the update, for a step that is left out."""
         state = self.state
         images, labels, weights = to_device(batch, self.ranks.device)
+        plan = self.objective.plan(state.model, batch, seed, self.ranks.device)
+        prepare = self._preparation((images.shape[2], images.shape[3]))
         while True:
             seed_step(seed, state.step, self.ranks.rank)
             try:
-                loss, correct = self._gradient(images, labels, weights)
+                loss, correct = self._gradient(images, labels, weights, plan, prepare)
                 break
             except RuntimeError as error:
                 if not is_out_of_memory(error):
@@ -99,7 +98,18 @@ class Stepper:
                 state.ema.update(state.step)
         return Counts(loss, correct, weights.sum(), norm)
 
-    def _gradient(self, images: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def _preparation(self, whole: tuple[int, int]) -> Prepare:
+        """With progressive resolution the images of a step are as small as its number says."""
+        progressive, prepare = self.config.progressive, self.prepare
+        if progressive is None:
+            return prepare
+        assert self.total_steps is not None, "progressive resolution goes by the length of the run"
+        size = size_at(progressive, self.state.step, self.total_steps, whole, stride_of(self.state.model))
+        return lambda part: shrink(prepare(part), size)
+
+    def _gradient(
+        self, images: Tensor, labels: Tensor, weights: Tensor, plan: Tensor | None, prepare: Prepare
+    ) -> tuple[Tensor, Tensor]:
         """The gradient of the whole batch into `gradients`; summed loss and right answers of this rank's part."""
         self.gradients.zero()
         # Until a size has fitted once, nothing leaves this rank before its whole backward has.
@@ -109,13 +119,17 @@ class Stepper:
         right: list[Tensor] = []
         for cut in cuts:
             self.gradients.last_piece = cut is cuts[-1]
-            answers = self.objective.answers(images[cut])
-            logits = forward(self.state.model, images[cut], self.prepare, self.config)
-            loss = self.objective(logits, labels[cut], weights[cut], answers)
+            loss, correct = self.objective.terms(
+                self.state.model,
+                images[cut],
+                labels[cut],
+                weights[cut],
+                None if plan is None else plan[cut],
+                prepare,
+            )
             torch.autograd.backward(loss / self.config.batch_size)
             losses.append(loss.detach())
-            with torch.no_grad():
-                right.append(count_correct(logits, labels[cut], weights[cut]))
+            right.append(correct)
         self.gradients.finish()
         if len(cuts) == 1:
             return losses[0], right[0]

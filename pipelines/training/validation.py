@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from pipelines.batch import Batch
 from pipelines.training.config import TrainConfig
 from pipelines.training.forward import Prepare, forward
-from pipelines.training.losses import loss_sum
+from pipelines.training.losses import count_correct, loss_sum
+from pipelines.training.masked import corruption, masked_terms
 from pipelines.training.parallel import Ranks
-from pipelines.training.step import count_correct, to_device
+from pipelines.training.step import to_device
 
 __all__ = ["Measured", "validate"]
 
@@ -67,6 +68,8 @@ def validate(
     """
     # FSDP2 gathers weights into tensors that training uses again: they must not become inference tensors.
     with torch.no_grad() if in_step else torch.inference_mode():
+        if config.masked is not None:
+            return _validate_masked(model, _in_step(batches, ranks) if in_step else batches, config, prepare, ranks)
         return _validate(model, batches, config, prepare, ranks, num_classes, keep_samples, in_step)
 
 
@@ -100,11 +103,8 @@ def _validate(
             for name, part in (("images", images), ("labels", labels), ("probabilities", chance)):
                 samples[name].append(part[weights > 0][:SAMPLES].cpu())
     model.train(was_training)
-    ranks.sum(sums)
     ranks.sum(confusion)
-    loss_total, correct, count = sums.tolist()
-    if not count:
-        raise ValueError("the validation split has no readable sample; choose another split or set split: null")
+    loss_total, correct, count = _summed(sums, ranks)
     return Measured(
         top1=correct / count,
         loss=loss_total / count,
@@ -112,3 +112,28 @@ def _validate(
         confusion=confusion.view(num_classes, num_classes).tolist() if single_label else None,
         samples={name: torch.cat(parts)[:SAMPLES] for name, parts in samples.items() if parts},
     )
+
+
+def _validate_masked(
+    model: nn.Module, batches: Iterable[Batch], config: TrainConfig, prepare: Prepare, ranks: Ranks
+) -> Measured:
+    """Loss, and as top-1 the share of corrupted patches whose colour is right."""
+    assert config.masked is not None
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
+    for batch in batches:
+        images, _, weights = to_device(batch, ranks.device)
+        plan = corruption(model, batch, config.masked, 0, ranks.device)
+        sums += torch.stack([*masked_terms(model, images, weights, plan, prepare, config), weights.sum()]).double()
+    model.train(was_training)
+    loss_total, correct, count = _summed(sums, ranks)
+    return Measured(top1=correct / count, loss=loss_total / count, images=round(count))
+
+
+def _summed(sums: Tensor, ranks: Ranks) -> list[float]:
+    """Loss, right answers and images over all ranks."""
+    found: list[float] = ranks.sum(sums).tolist()
+    if not found[2]:
+        raise ValueError("the validation split has no readable sample; choose another split or set split: null")
+    return found

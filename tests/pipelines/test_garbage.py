@@ -110,6 +110,48 @@ def test_a_dry_run_deletes_nothing_and_says_how_much(capsys: pytest.CaptureFixtu
     assert [item.uri for item in store.list_objects(identity.runs())] == before
 
 
+@pytest.mark.stack
+@pytest.mark.timeout(300)
+def test_with_a_real_registry_what_a_version_an_alias_or_a_lease_names_survives(
+    stack: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As far back as January 1970: SOURCE by the tag of a version, another by being it, LEFT by its lease."""
+    from pipelines.tracking import registry
+    from pipelines.tracking.client import connect
+    from pipelines.tracking.run import track
+    from tests.pipelines.tracking.toys import ToyCorpus, ToyRecipe, attempt, digest_named, own_root, save_toy
+
+    own_root(monkeypatch)
+    tuned, older = digest_named("gc tuned"), digest_named("gc older")
+    name = f"gc-{tuned[:8]}"
+    for digest in (older, tuned):
+        own = attempt(digest, stage="pretrain")
+        with track(own, ToyRecipe(), corpus=ToyCorpus()) as run:
+            reference = registry.register_version(
+                run,
+                name=name,
+                weights=save_toy(tmp_path / f"{digest}.safetensors"),
+                corpus=ToyCorpus(),
+                metrics={},
+                tags={"vit.pretrain_digest": SOURCE} if digest == tuned else {},
+                attempt=own,
+            )
+    connect().set_registered_model_alias(name, "champion", reference.rpartition("/")[2])
+    for digest in (SOURCE, FINISHED, tuned, older):
+        finish(digest, age=200)
+    leave(LEFT, age=200)
+    with identity.lease(store.join(identity.runs(), "pretrain", LEFT, "lease.json"), "pretrain"):
+        assert main(["--older-than", "1h", "--results"]) == 0
+    assert "unnamed" in capsys.readouterr().out
+    standing = {run.digest for run in find("pretrain") if run.result() is not None}
+    assert standing == {SOURCE, tuned, older}
+    assert store.exists(store.join(identity.runs(), "pretrain", LEFT, "attempts/3/checkpoints/000000005/manifest.json"))
+    # Whoever deletes a version, alias and all, gives its run free; the runs of other versions stay.
+    connect().delete_model_version(name, reference.rpartition("/")[2])
+    assert main(["--older-than", "1h", "--results"]) == 0
+    assert {run.digest for run in find("pretrain") if run.result() is not None} == {older}
+
+
 @pytest.mark.parametrize(
     ("text", "seconds"), [("36h", 129_600), ("30d", 2_592_000), ("0.5d", 43_200), ("2w", 1_209_600)]
 )

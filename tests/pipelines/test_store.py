@@ -152,7 +152,7 @@ def test_a_store_that_fails_on_a_full_disk_is_told_apart_from_one_that_fails(
             raise ClientError({"Error": {"Code": "InternalError", "Message": "please try again"}}, "PutObject")
 
     monkeypatch.setenv("VIT_STATE", str(tmp_path))
-    monkeypatch.setattr(store, "client", Full)
+    monkeypatch.setattr("pipelines.store.s3.client", Full)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     disk = shutil.disk_usage(tmp_path)._replace(free=free, total=2 << 40)
     monkeypatch.setattr("shutil.disk_usage", lambda path: disk)

@@ -32,6 +32,18 @@ def drawn(figure: object) -> bytes:
     return buffer.getvalue()
 
 
+def test_the_page_of_a_run_has_its_facts_and_every_curve_that_it_has() -> None:
+    from pipelines.tracking.figures import PANELS, summary_figure
+
+    curves = {"train/loss": [(10, 2.0), (20, 1.0)], "val/loss": [(20, 1.5)], "lr": []}
+    figure = summary_figure("pretrain-abc-a1", {"val/top1": "0.5", "name": "$x^"}, curves)
+    head, *panels = figure.axes
+    assert [axes.get_title() for axes in panels] == list(PANELS)
+    assert [len(axes.get_lines()) for axes in panels] == [2, 0, 0, 0, 0, 0]
+    assert "val/top1  0.5" in head.texts[0].get_text() and "$x^" in head.texts[0].get_text()
+    figure.canvas.draw()
+
+
 def test_confusion_matrix_takes_hostile_names_and_unknown_labels() -> None:
     n = len(HOSTILE)
     labels = np.array([*range(n), -1])

@@ -4,9 +4,11 @@ import json
 import logging
 import os
 import pickle
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from threading import get_native_id
 
 import pytest
 import torch
@@ -187,3 +189,14 @@ def test_an_upload_in_a_thread_hands_its_error_to_the_loop(place: Place) -> None
     with pytest.raises(Lost):
         saver.wait()
     saver.wait()  # Said once.
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives niceness to a thread")
+def test_the_thread_that_uploads_yields_to_training_and_training_stays_as_it_was(place: Place) -> None:
+    seen: list[int] = []
+    saver = AsyncSaver(Checkpoints(place), lambda _: seen.append(os.getpriority(os.PRIO_PROCESS, get_native_id())))
+    before = os.getpriority(os.PRIO_PROCESS, get_native_id())
+    saver.save(10, tensors(10), {})
+    saver.wait()
+    assert seen == [min(19, before + 10)]
+    assert os.getpriority(os.PRIO_PROCESS, get_native_id()) == before

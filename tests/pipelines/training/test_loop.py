@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipelines.batch import Batch
-from pipelines.training.config import AdamW, AnyOptimizer, MuonAdamW, ScheduleFree, Sgd
+from pipelines.training.config import AdamW, AnyOptimizer, Lamb, MuonAdamW, ScheduleFree, Sgd
 from pipelines.training.loop import Hooks, NotFinite, train
 from pipelines.training.names import TrainingError
 from pipelines.training.parallel import GradientSum, Ranks, seed_step
@@ -32,7 +32,7 @@ def test_it_learns_a_batch_by_heart() -> None:
 
 
 @pytest.mark.parametrize(
-    "optimizer", [AdamW(peak_lr=1e-2), Sgd(), MuonAdamW(), ScheduleFree()], ids=lambda config: config.kind
+    "optimizer", [AdamW(peak_lr=1e-2), Sgd(), MuonAdamW(), ScheduleFree(), Lamb()], ids=lambda config: config.kind
 )
 @pytest.mark.parametrize("stop", [1, 4, 9])
 def test_stopped_and_resumed_is_bit_for_bit_the_same_as_uninterrupted(optimizer: AnyOptimizer, stop: int) -> None:

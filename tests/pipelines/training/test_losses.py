@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from pipelines.training.losses import loss_sum
-from pipelines.training.step import count_correct
+from pipelines.training.losses import count_correct, loss_sum
 
 
 def some(seed: int, size: int = 12, classes: int = 5) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

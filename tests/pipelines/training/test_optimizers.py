@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipelines.training.config import Adam, AdamW, AnyOptimizer, MuonAdamW, ScheduleFree, Sgd
+from pipelines.training.config import Adam, AdamW, AnyOptimizer, Lamb, MuonAdamW, ScheduleFree, Sgd
+from pipelines.training.lamb import Lamb as LambOptimizer
 from pipelines.training.muon import Muon, orthogonal
 from pipelines.training.optimizers import build_optimizers, is_kernel, set_lr
 from pipelines.training.schedule_free import ScheduleFreeAdamW
@@ -21,7 +22,7 @@ def test_only_kernels_decay() -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [AdamW(), AdamW(layer_decay=0.5), Adam(), Sgd(), MuonAdamW(), ScheduleFree()], ids=str
+    "config", [AdamW(), AdamW(layer_decay=0.5), Adam(), Sgd(), MuonAdamW(), ScheduleFree(), Lamb()], ids=str
 )
 def test_every_parameter_has_exactly_one_owner_and_moves(config: AnyOptimizer) -> None:
     model = TinyModel()
@@ -107,6 +108,32 @@ def test_schedule_free_is_its_three_sequences_written_out() -> None:
         share = highest**2 / weights if weights else 1.0
         x = (1 - share) * x + share * z
         torch.testing.assert_close(optimizer.averages()[parameter], x)
+
+
+def test_lamb_is_its_formula_written_out() -> None:
+    """Against algorithm 2 of the paper in float64: a tensor that decays, one that starts at zero, one that does not."""
+    torch.manual_seed(0)
+    weights = [torch.randn(4, 3, dtype=torch.float64), torch.zeros(3, 2, dtype=torch.float64)]
+    weights.append(torch.randn(5, dtype=torch.float64))
+    parameters = [torch.nn.Parameter(weight.clone()) for weight in weights]
+    groups = [{"params": parameters[:2], "weight_decay": 0.3}, {"params": parameters[2:], "weight_decay": 0.0}]
+    optimizer = LambOptimizer(groups, 0.1, (0.9, 0.99), 1e-6)
+    first, second = [torch.zeros_like(w) for w in weights], [torch.zeros_like(w) for w in weights]
+    for step in range(1, 20):
+        lr = 0.1 / step
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for i, decay in enumerate((0.3, 0.3, 0.0)):
+            gradient = torch.sin(3 * weights[i]) + weights[i] - 0.5
+            parameters[i].grad = gradient.clone()
+            first[i] = 0.9 * first[i] + 0.1 * gradient
+            second[i] = 0.99 * second[i] + 0.01 * gradient**2
+            update = first[i] / (1 - 0.9**step) / ((second[i] / (1 - 0.99**step)).sqrt() + 1e-6) + decay * weights[i]
+            length, wanted = float(update.norm()), float(weights[i].norm())
+            weights[i] = weights[i] - lr * (wanted / length if decay and wanted and length else 1.0) * update
+        optimizer.step()
+        for parameter, weight in zip(parameters, weights, strict=True):
+            torch.testing.assert_close(parameter.detach(), weight, rtol=1e-5, atol=1e-6)
 
 
 def test_layer_decay_is_refused_for_a_model_without_blocks() -> None:

@@ -16,6 +16,7 @@ from pipelines.training.rules import check_together
 
 RECIPES = [name for name in packaged_recipes() if name.startswith("pretrain/")]
 TWINS = {  # The first pattern that fits.
+    "vit_*_masked_*": "masked",
     "bit_*_jft": "bit_jft",
     "r50_vit_*_jft": "hybrid_jft",
     "vit_*_jft": "vit_jft",
@@ -36,6 +37,9 @@ TABLE6 = {
     "r50_vit_b16_jft": (274, 0.02),
     "r50_vit_l32_jft": (246, 0.02),
     "bit_r50x1_jft": (50, 0.06),
+    "bit_r50x2_jft": (199, 0.06),
+    "bit_r101x1_jft": (96, 0.06),
+    "bit_r152x1_jft": (141, 0.06),
     "bit_r152x2_jft": (1126, 0.06),
 }
 
@@ -70,5 +74,6 @@ def test_every_recipe_has_a_small_twin_with_the_same_loss_and_schedule(name: str
         assert attrgetter(of)(twin) == attrgetter(of)(recipe), of
     for of in ("crop", "policy", "color_jitter", "cutmix"):
         assert getattr(twin.augment, of) == getattr(recipe.augment, of), of
+    assert twin.train.masked == recipe.train.masked
     assert (twin.augment.preset is None) == (recipe.augment.preset is None)
     assert twin.model.pool == recipe.model.pool and twin.model.position == recipe.model.position

@@ -32,6 +32,7 @@ def check(given: PretrainRecipe) -> None:
             "averages what optimizer kind: schedule_free averages itself",
         ),
         ({"optimizer": {"kind": "muon"}, "parallel": {"kind": "fsdp"}}, "needs whole matrices"),
+        ({"optimizer": {"kind": "lamb"}, "parallel": {"kind": "hsdp"}}, "needs whole tensors"),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused_with_the_remedy(changes: dict[str, Any], text: str) -> None:
