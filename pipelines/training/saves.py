@@ -80,14 +80,7 @@ class Saves:
     def after_step(self, state: TrainState) -> None:
         if not self.is_writer:
             return
-        try:
-            self._saver.poll()
-        except store.StoreError as error:
-            log.warning("checkpoint failed, the next one is tried at its time: %s", error)
-            if self.reporter is not None:
-                self.reporter.note(f"a checkpoint could not be stored: {error}")
-        except identity.LeaseLost as error:
-            self.fatal = error
+        self._hear(self._saver.poll)
         every = self.config.every_steps
         by_step = every is not None and state.step % every == 0
         if (by_step or (not self.is_cut and self._is_due())) and self.fatal is None:
@@ -99,15 +92,32 @@ class Saves:
         if not self.is_writer or (norm is not None and not norm.isfinite()):
             return
         started = time.perf_counter()
+        self._hear(self._saver.wait)
+        if self.fatal is not None:
+            return
         tensors = self.state.tensors()
         self._saver.save(self.state.step, tensors, self._about(), self._gradients.rows(tensors), self.token)
         self._saved_at = time.monotonic()
         if self.reporter is not None:
             self.reporter.log({"time/checkpoint": time.perf_counter() - started}, self.state.step)
 
+    def _hear(self, ask: Callable[[], None]) -> None:
+        """What has become of the upload before: one that failed is no reason to stop, a lost lease is."""
+        try:
+            ask()
+        except store.StoreError as error:
+            log.warning("checkpoint failed, the next one is tried at its time: %s", error)
+            if self.reporter is not None:
+                self.reporter.note(f"a checkpoint could not be stored: {error}")
+        except identity.LeaseLost as error:
+            self.fatal = error
+
     def wait(self) -> None:
-        """Until the upload under way has ended. Raises its error."""
-        self._saver.wait()
+        """Until the upload under way has ended. Raises its error, but for a lost lease, which is then `fatal`."""
+        try:
+            self._saver.wait()
+        except identity.LeaseLost as error:
+            self.fatal = error
 
     def settle(self) -> None:
         """The same, whatever it ended with: what has come of it shows in the store."""

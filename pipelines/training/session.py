@@ -131,6 +131,7 @@ class Session:
             # From any rank: the others may wait for this one in a collective, and can say nothing.
             with contextlib.suppress(store.StoreError):  # The error itself is raised, and ends the group.
                 self._write_outcome(error=str(error), begin_anew=isinstance(error, identity.CannotResume))
+            self._saves.settle()
             raise
         except Exception as error:
             details = {"kind": OutOfMemory.__name__, "images": error.images} if isinstance(error, OutOfMemory) else {}
@@ -331,6 +332,8 @@ class Session:
         self._ended = not finished
         self._saves.save()
         self._saves.wait()
+        if self._saves.fatal is not None:
+            raise TrainingError(str(self._saves.fatal))  # The other ranks may be in a collective.
         if not finished:
             if self._reporter is not None:
                 self._write_outcome(stopped=True, again=self._reporter.make_way or say_noticed(noticed))

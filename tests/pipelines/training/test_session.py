@@ -8,7 +8,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -267,7 +267,8 @@ def test_an_attempt_that_lost_its_lease_stops_and_commits_nothing(place: Place) 
             place.attempt(2)
 
     one = session(attempt, until=lose)
-    one.run()
+    with suppress(TrainingError):  # Raised where it is known at the last step alone.
+        one.run()
     assert "another attempt took over" in place.read(1, OUTCOME)["error"]
     assert not (Path(place.root) / "attempts" / "1" / WEIGHTS).exists()
     committed = [found.step for found in one._saves._checkpoints.found()]
