@@ -296,7 +296,7 @@ def log_pictures(run: Run, attempt: Attempt, outcome: Outcome, class_names: Sequ
 def _true_name(label: Any, best: int, class_names: Sequence[str]) -> str:
     """Of a class number; of a multi-hot row the best class if it is one of the row's, else all of the row's."""
     if not label.shape:
-        return class_names[label]
+        return class_names[int(label)]
     if label[best]:
         return class_names[best]
     return ", ".join(class_names[own] for own in label.nonzero()[0])

@@ -97,7 +97,7 @@ def _validate(
         logits = forward(model, images, prepare, config).float()
         loss = loss_sum(logits, labels, weights, config.loss)
         sums += torch.stack([loss, count_correct(logits, labels, weights), weights.sum()]).double()
-        single_label = single_label and labels.ndim == 1
+        single_label = labels.ndim == 1
         if single_label:
             pairs = labels * num_classes + logits.argmax(dim=1)
             confusion += torch.bincount(pairs[weights > 0], minlength=num_classes * num_classes)

@@ -161,6 +161,9 @@ def test_a_mixture_gives_the_labels_of_its_own_classes(colours: Corpus, tmp_path
             "images that are green alone are left out"
         )
         assert labels_of(evaluation(mixed, split)) == wanted
+    for batch in eval_batches(mixed, split="val", batch_size=6, spec=SPEC, reader=LOCAL):
+        used = batch.labels >= 0  # As it comes from the stream.
+        assert batch.labels.dtype == torch.int64 and (used[:, 1:] <= used[:, :-1]).all(), "-1 comes after the numbers"
 
 
 @pytest.mark.parametrize(

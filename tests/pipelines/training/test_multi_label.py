@@ -166,6 +166,19 @@ def test_the_loss_is_the_plain_sum_over_images_and_classes(smoothing: float) -> 
     assert loss_sum(logits, hot, counts, "sigmoid", smoothing, weights).item() == pytest.approx(wanted, rel=1e-5)
 
 
+class BesideLonger(Ranks):
+    """A rank beside one that has a batch more."""
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        if values.ndim == 0:  # Who still has a batch.
+            ASKED.append(values)
+            return values + (len(ASKED) <= 2)
+        return values
+
+
+ASKED: list[torch.Tensor] = []
+
+
 @pytest.mark.parametrize("in_step", [False, True])
 def test_validation_counts_a_best_class_among_the_labels_as_right(in_step: bool) -> None:
     class Fixed(nn.Module):
@@ -176,7 +189,9 @@ def test_validation_counts_a_best_class_among_the_labels_as_right(in_step: bool)
     images = torch.tensor(best, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 3, 2, 2)
     batch = Batch(images, torch.tensor(hot).float(), torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0]), torch.arange(5))
     config = TrainConfig(batch_size=5, total_steps=1, loss="sigmoid")
-    found = validate(Fixed(), [batch], config, lambda x: x, Ranks(), 3, keep_samples=True, in_step=in_step)
+    ASKED.clear()
+    found = validate(Fixed(), [batch], config, lambda x: x, BesideLonger(), 3, keep_samples=True, in_step=in_step)
+    assert len(ASKED) == (3 if in_step else 0)
     assert (found.top1, found.images, found.confusion) == (2 / 4, 4, None)
     assert found.samples["labels"].tolist() == [row for i, row in enumerate(hot) if i != 3]
 
