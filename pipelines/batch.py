@@ -16,7 +16,9 @@ class Batch:
     """B samples of one step. A row of weight 0 is padding or an unreadable image and counts for nothing."""
 
     images: Tensor  # uint8 (B, C, H, W)
-    labels: Tensor  # int64 (B,), or float32 (B, K) multi-hot
+    # int64 (B,); float32 (B, K), shares of classes or multi-hot; with several labels an image the reader's streams give
+    # int64 (B, W), class numbers and then -1, which DeviceBatches makes multi-hot on the device.
+    labels: Tensor
     weights: Tensor  # float32 (B,)
     sample_ids: Tensor  # int64 (B,), row number in manifest order; -1 = padding
     step: int | None = None  # The optimizer update these rows belong to; None in evaluation.

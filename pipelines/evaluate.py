@@ -61,6 +61,11 @@ def run(recipe: EvaluateRecipe) -> StageResult:
     from pipelines.tracking.weights import find_weights
 
     corpus = open_corpus(recipe.corpus)
+    if corpus.head.multi_label:
+        raise ValueError(
+            f"{corpus.reference} has several labels an image, and evaluate measures one label an image; pretrain and"
+            " finetune measure top-1 of such a corpus themselves: name the split in validation.test_split"
+        )
     source = find_weights(recipe.model)
     if not corpus.splits.get(recipe.split):
         held = ", ".join(f"{name} ({n:,})" for name, n in corpus.splits.items())

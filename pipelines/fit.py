@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pipelines import identity, store
+from pipelines.config import RecipeError
 from pipelines.identity import Attempt
 from pipelines.progress import say
 from pipelines.reader.loader import AugmentConfig, ReaderConfig
@@ -90,10 +91,15 @@ def check_splits(recipe: TrainingRecipe, corpus: Corpus) -> None:
 
 
 def check_choices(recipe: TrainingRecipe, corpus: Corpus) -> None:
-    """What the settings ask of each other and of the corpus; raises ValueError with the remedy."""
+    """What the settings ask of each other and of the corpus; raises ValueError (RecipeError) with the remedy."""
     from pipelines.training.rules import check_together
 
     check_together(recipe.train, recipe.optimizer, recipe.schedule, recipe.validation, recipe.parallel)
+    if corpus.head.multi_label and recipe.train.loss == "softmax" and recipe.train.masked is None:
+        raise RecipeError(
+            f"{corpus.uri} has several labels an image, and train.loss: softmax asks for the one right class; set"
+            " train.loss: sigmoid, which asks of every class whether it is there"
+        )
     if unknown := sorted((recipe.train.class_weights or {}).keys() - set(corpus.class_names)):
         raise ValueError(f"train.class_weights names {', '.join(unknown)}, which {corpus.uri} has not")
 
@@ -250,7 +256,10 @@ def metrics_of(outcome: Outcome) -> dict[str, float]:
 
 
 def log_pictures(run: Run, attempt: Attempt, outcome: Outcome, class_names: Sequence[str]) -> None:
-    """Figures of the MLflow run: all of it on one page, confusion and sample predictions of the last validation."""
+    """Figures of the MLflow run: all of it on one page, confusion and sample predictions of the last validation.
+
+    With several labels an image there is no confusion figure; a sample is right when the best class is one of its own.
+    """
     import numpy as np
 
     from pipelines.tracking.figures import PANELS, confusion_figure, predictions_figure, summary_figure
@@ -277,8 +286,17 @@ def log_pictures(run: Run, attempt: Attempt, outcome: Outcome, class_names: Sequ
         best = samples["probabilities"].argmax(axis=1)
         figure = predictions_figure(
             list(samples["images"]),
-            [class_names[label] for label in samples["labels"]],
+            [_true_name(label, own, class_names) for label, own in zip(samples["labels"], best, strict=True)],
             [class_names[label] for label in best],
             samples["probabilities"].max(axis=1).tolist(),
         )
         run.log_figure(figure, "samples")
+
+
+def _true_name(label: Any, best: int, class_names: Sequence[str]) -> str:
+    """Of a class number; of a multi-hot row the best class if it is one of the row's, else all of the row's."""
+    if not label.shape:
+        return class_names[int(label)]
+    if label[best]:
+        return class_names[best]
+    return ", ".join(class_names[own] for own in label.nonzero()[0])

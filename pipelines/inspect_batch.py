@@ -124,7 +124,10 @@ def training_batch(recipe: Any, corpus: Corpus, step: int) -> Batch:
 
 
 def batch_figure(batch: Batch, class_names: Sequence[str], limit: int, title: str = "") -> Figure:
-    """Images in the order of the batch; a mixed one names its classes by their shares, one of weight 0 is crossed."""
+    """Images in the order of the batch; a mixed one names its classes by their shares, one of weight 0 is crossed.
+
+    Of several labels an image two are named, the others counted.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as NewFigure
 
@@ -158,5 +161,6 @@ def batch_figure(batch: Batch, class_names: Sequence[str], limit: int, title: st
 def _label_lines(label: Any, class_names: Sequence[str]) -> list[str]:
     if not label.shape:
         return [class_names[int(label)]]
-    best = [int(k) for k in label.argsort()[::-1][:MOST_SHARES] if label[k] > 0]
-    return [f"{label[k]:.0%} {class_names[k]}" for k in best]
+    best = [int(k) for k in label.argsort()[::-1] if label[k] > 0]
+    lines = [f"{label[k]:.0%} {class_names[k]}" for k in best[:MOST_SHARES]]
+    return lines if len(best) <= MOST_SHARES else [*lines, f"and {len(best) - MOST_SHARES} more"]

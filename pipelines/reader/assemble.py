@@ -62,7 +62,7 @@ class Step:
     number: int
     num_rows: int  # Rows that are no padding.
     images: NDArray[np.uint8]
-    labels: NDArray[np.int64]
+    labels: NDArray[np.int64]  # (B,), or with several an image (B, W), padded with -1.
     weights: NDArray[np.float32]
     sample_ids: NDArray[np.int64]
     epochs: NDArray[np.int64]
@@ -88,10 +88,11 @@ class Assembler:
         num_threads: int,
         ahead: int,
         pinned: bool = False,
+        multi_label: bool = False,
     ) -> None:
         self.spent = Spent()
         self._rows, self._lanes, self._shape, self._job = rows, list(lanes), shape, job
-        self._rows_per_lane, self._num_rows = rows_per_lane, num_rows
+        self._rows_per_lane, self._num_rows, self._multi_label = rows_per_lane, num_rows, multi_label
         self._start, self._stop = start, stop
         self._memory = Buffers(pinned=pinned)
         self._waiting: dict[int, deque[Rows]] = {lane: deque() for lane in lanes}
@@ -159,13 +160,14 @@ class Assembler:
             self._take_in(number)
             if self._closing.is_set():
                 raise OrderError("the stream was closed")
+        taken = [rows for lane in self._lanes for rows in self._take_out(lane, wanted)]
         size = self._rows_per_lane * len(self._lanes)
         images = self._memory.take(size * int(np.prod(self._shape))).reshape(size, *self._shape)
         step = Step(
             number,
             wanted * len(self._lanes),
             images,
-            labels=np.zeros(size, np.int64),
+            labels=self._no_labels(size, taken),
             weights=np.zeros(size, np.float32),
             sample_ids=np.full(size, -1, np.int64),
             epochs=np.zeros(size, np.int64),
@@ -173,21 +175,30 @@ class Assembler:
         )
         parts: list[Rows] = []
         at = 0
-        for lane in self._lanes:
-            for rows in self._take_out(lane, wanted):
-                target = slice(at, at + len(rows))
-                step.labels[target], step.weights[target] = rows.labels, rows.weights
-                step.sample_ids[target], step.epochs[target] = rows.sample_ids, rows.epoch
-                if isinstance(rows.images, list):
-                    parts.append(rows)
-                else:
-                    images[target] = rows.images
-                    step.faults |= {at + i: fault for i, fault in enumerate(rows.faults) if fault}
-                at += len(rows)
+        for rows in taken:
+            target = slice(at, at + len(rows))
+            if self._multi_label:
+                step.labels[target, : rows.labels.shape[1]] = rows.labels
+            else:
+                step.labels[target] = rows.labels
+            step.weights[target] = rows.weights
+            step.sample_ids[target], step.epochs[target] = rows.sample_ids, rows.epoch
+            if isinstance(rows.images, list):
+                parts.append(rows)
+            else:
+                images[target] = rows.images
+                step.faults |= {at + i: fault for i, fault in enumerate(rows.faults) if fault}
+            at += len(rows)
         images[at:] = 0
         if parts:
             self._decode(step, parts)
         return step
+
+    def _no_labels(self, size: int, taken: Sequence[Rows]) -> NDArray[np.int64]:
+        """Of padding; wide enough for the rows of the step."""
+        if not self._multi_label:
+            return np.zeros(size, np.int64)
+        return np.full((size, max([1, *(rows.labels.shape[1] for rows in taken)])), -1, np.int64)
 
     def _take_out(self, lane: int, count: int) -> list[Rows]:
         """The next `count` rows of a lane, in as many pieces as they came."""

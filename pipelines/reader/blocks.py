@@ -69,7 +69,7 @@ def _columns(rows: Rows) -> dict[str, object]:
         "k": np.arange(rows.k, rows.k + n),
         "epoch": np.full(n, rows.epoch, np.int32),
         "sample_id": rows.sample_ids,
-        "label": rows.labels,
+        "label": rows.labels if rows.labels.ndim == 1 else _lists(rows.labels),
         "weight": rows.weights,
         "fault": pa.array(rows.faults, pa.string()),
         "num_pages": first * np.int32(rows.num_pages),
@@ -96,7 +96,7 @@ def rows_of_table(table: pa.Table, shape: tuple[int, int, int]) -> Iterator[Rows
                 k=int(k[begin]),
                 epoch=int(epochs[begin]),
                 images=_copied(part["image"]) if is_file else _pixels(part["image"], shape),
-                labels=part["label"].to_numpy(),
+                labels=_padded(part["label"]) if pa.types.is_list(part["label"].type) else part["label"].to_numpy(),
                 weights=part["weight"].to_numpy(),
                 sample_ids=part["sample_id"].to_numpy(),
                 faults=part["fault"].to_pylist(),
@@ -108,6 +108,20 @@ def rows_of_table(table: pa.Table, shape: tuple[int, int, int]) -> Iterator[Rows
                     (uri, etag) for text in part["versions"].to_pylist() if text for uri, etag in json.loads(text)
                 ),
             )
+
+
+def _lists(labels: NDArray[np.int64]) -> pa.Array:
+    """Lists: tables are joined, and their rows need not be equally wide."""
+    used = labels >= 0
+    ends = np.cumsum(used.sum(axis=1), dtype=np.int32)
+    return pa.ListArray.from_arrays(np.concatenate([np.zeros(1, np.int32), ends]), labels[used])
+
+
+def _padded(column: pa.Array) -> NDArray[np.int64]:
+    lengths = column.value_lengths().to_numpy()
+    labels = np.full((len(column), max(1, int(lengths.max(initial=0)))), -1, np.int64)
+    labels[np.arange(labels.shape[1]) < lengths[:, None]] = column.flatten().to_numpy()
+    return labels
 
 
 def _pixels(column: pa.Array, shape: tuple[int, int, int]) -> NDArray[np.uint8]:

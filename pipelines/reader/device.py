@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from pipelines.batch import Batch
+from pipelines.reader.labels import multi_hot
 from pipelines.reader.levels import Changes
 from pipelines.reader.mixup import draw_mix, mix_images, mix_labels
 from pipelines.reader.policies import change_images
@@ -31,8 +32,11 @@ AHEAD = 2  # Batches on the device before they are asked for.
 def changed(batch: Batch, changes: Changes, seed: int, num_classes: int, host: Batch | None = None) -> Batch:
     """The batch as the model sees it, before normalisation. `host`: the same batch where numpy can read it.
 
+    Lists of labels become multi-hot, and are mixed as single labels are.
     Raises ValueError for a batch without its lanes and epochs, which key the random numbers.
     """
+    if batch.labels.ndim == 2 and not batch.labels.is_floating_point():
+        batch = replace(batch, labels=multi_hot(batch.labels, num_classes))
     if changes.is_nothing:
         return batch
     host = host or batch
@@ -55,7 +59,10 @@ def changed(batch: Batch, changes: Changes, seed: int, num_classes: int, host: B
 
 
 class DeviceBatches:
-    """Iterator of a stream's batches on `device`, with `changes` applied. Close it, or use it in a `with`."""
+    """Iterator of a stream's batches on `device`, with `changes` applied. Close it, or use it in a `with`.
+
+    Mixing needs `num_classes`, and so does a corpus with several labels an image.
+    """
 
     def __init__(
         self,

@@ -22,7 +22,7 @@ from pipelines.reader.fetch import CacheConfig, PageSpan
 from pipelines.reader.levels import changes_of
 from pipelines.reader.order import Order, OrderError, PageRows, Window, lanes_of_rank
 from pipelines.reader.rows import FetchJob, Item, Job
-from pipelines.reader.selection import check_single_label, label_sources
+from pipelines.reader.selection import label_sources
 from pipelines.reader.stream import BatchStream, ReaderStats
 
 if TYPE_CHECKING:
@@ -122,7 +122,6 @@ def train_batches(
     `pinned`: images in page-locked memory, from which a GPU copies by itself. `DeviceBatches` takes it from there.
     """
     reader = reader or ReaderConfig()
-    check_single_label(corpus)
     pages = corpus.pages(split)
     lanes = choose_lanes(pages, batch_size, max_workers, lanes)
     law.check_lanes(lanes, batch_size, world_size)
@@ -165,7 +164,6 @@ def eval_batches(
     if batch_size < 1 or batch_size % world_size:
         raise OrderError(f"batch_size={batch_size} is not divisible by {world_size} workers; use a multiple")
     lanes_of_rank(world_size, rank, world_size)
-    check_single_label(corpus)
     pages = corpus.pages(split)
     ends = np.cumsum(pages.rows, dtype=np.int64)
     total = int(ends[-1])
@@ -190,7 +188,8 @@ def eval_batches(
 
 def _fetch_job(corpus: Corpus, seed: int, reader: ReaderConfig) -> FetchJob:
     cache = CacheConfig(reader.cache, reader.cache_bytes) if reader.cache is not None else None
-    return FetchJob(seed, len(corpus.class_names), corpus.reference, label_sources(corpus), cache)
+    multi_label = corpus.head.multi_label
+    return FetchJob(seed, len(corpus.class_names), corpus.reference, label_sources(corpus), cache, multi_label)
 
 
 def _stream(
@@ -216,6 +215,7 @@ def _stream(
         num_threads=reader.num_threads or max(1, (os.cpu_count() or 1) // world_size),
         ahead=reader.ahead,
         max_bad_fraction=reader.max_bad_fraction,
+        multi_label=job.fetch.multi_label,
         **steps,
     )
 

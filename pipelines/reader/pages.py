@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipelines.reader.fetch import PageSpan
-from pipelines.reader.labels import find_label
+from pipelines.reader.labels import find_label, find_labels
 from pipelines.reader.tar import TarSample, walk
 
 __all__ = ["IMAGE_EXTENSIONS", "Sample", "SampleError", "samples_of_page"]
@@ -23,15 +23,17 @@ class Sample:
     """One row to come: where its bytes are, and what is already known to be wrong with it."""
 
     image: memoryview = NOTHING
-    label: int = 0
+    label: int | tuple[int, ...] = 0  # A tuple where the corpus has several labels an image.
     name: str = ""  # Shard and key.
     fault: str = ""
 
 
-def samples_of_page(span: PageSpan, page: memoryview, num_classes: int, corpus: str = "") -> list[Sample]:
+def samples_of_page(
+    span: PageSpan, page: memoryview, num_classes: int, corpus: str = "", multi_label: bool = False
+) -> list[Sample]:
     """One entry for each sample of the page, whatever its state. `corpus`: the manifest that names the classes."""
     found, problem = walk(page)
-    samples = [_sample(sample, page, span.uri, num_classes, corpus) for sample in found]
+    samples = [_sample(sample, page, span.uri, num_classes, corpus, multi_label) for sample in found]
     if len(samples) > span.num_rows or (problem is None and len(samples) < span.num_rows):
         raise SampleError(
             f"{span.uri}: the page at byte {span.offset:,} holds {len(samples)} samples, the manifest says "
@@ -43,7 +45,7 @@ def samples_of_page(span: PageSpan, page: memoryview, num_classes: int, corpus: 
     return samples
 
 
-def _sample(found: TarSample, page: memoryview, uri: str, num_classes: int, corpus: str) -> Sample:
+def _sample(found: TarSample, page: memoryview, uri: str, num_classes: int, corpus: str, multi_label: bool) -> Sample:
     sample = Sample(name=f"{uri}, sample {found.key}")
     for extension in IMAGE_EXTENSIONS:
         image = found.members.get(extension)
@@ -53,7 +55,7 @@ def _sample(found: TarSample, page: memoryview, uri: str, num_classes: int, corp
     else:
         sample.fault = f"missing_image: {sample.name} has members {sorted(found.members)}"
         return sample
-    sample.label, problem = find_label(found, page, num_classes, corpus)
+    sample.label, problem = (find_labels if multi_label else find_label)(found, page, num_classes, corpus)
     if problem:
         reason, _, text = problem.partition(": ")
         sample.fault = f"{reason}: {sample.name}: {text}"

@@ -19,6 +19,7 @@ from pipelines.reader.buffers import Buffers
 from pipelines.reader.decode import decode_for_evaluation, decode_for_training
 from pipelines.reader.engines import Engine, require
 from pipelines.reader.fetch import CacheConfig, PageSpan, fetch
+from pipelines.reader.labels import padded
 from pipelines.reader.order import permutation
 from pipelines.reader.pages import Sample, SampleError, samples_of_page
 from pipelines.reader.selection import LabelSource, select
@@ -43,6 +44,7 @@ class FetchJob:
     corpus: str = ""  # Reference of the manifest: its class names, where tars name the class instead of numbering it.
     sources: tuple[LabelSource, ...] = ()  # Label spaces of the tars, where they are not the corpus' own.
     cache: CacheConfig | None = None  # Of the node that fetches.
+    multi_label: bool = False  # An image has a list of labels.
 
     def space(self, source: int) -> LabelSource:
         """The label space in which a tar was written, and the way back from it."""
@@ -91,7 +93,7 @@ class Rows:
     k: int
     epoch: int
     images: NDArray[np.uint8] | list[memoryview]  # Decoded (n, C, H, W), or the files.
-    labels: NDArray[np.int64]
+    labels: NDArray[np.int64]  # (n,), or with several an image (n, W), padded with -1.
     weights: NDArray[np.float32]
     sample_ids: NDArray[np.int64]
     faults: list[str]  # "" or "reason: shard, key, what is wrong"
@@ -131,7 +133,7 @@ def read_files(job: FetchJob, item: Item) -> Rows:
     ids: list[NDArray[np.int64]] = []
     for span, page in zip(item.pages, pages, strict=True):
         space = job.space(span.source)
-        found = samples_of_page(span, page.data, space.num_classes, space.corpus)
+        found = samples_of_page(span, page.data, space.num_classes, space.corpus, job.multi_label)
         samples += select(found, span.chosen, space.labels)[span.first : span.last]
         ids.append(np.arange(span.first_id + span.first, span.first_id + span.last, dtype=np.int64))
     order = (
@@ -145,7 +147,7 @@ def read_files(job: FetchJob, item: Item) -> Rows:
         k=item.k,
         epoch=item.epoch,
         images=[sample.image for sample in chosen],
-        labels=np.array([sample.label for sample in chosen], np.int64),
+        labels=_labels(chosen, job.multi_label),
         weights=np.array([not sample.fault for sample in chosen], np.float32),
         sample_ids=np.concatenate(ids)[order],
         faults=[sample.fault for sample in chosen],
@@ -155,6 +157,12 @@ def read_files(job: FetchJob, item: Item) -> Rows:
         cpu_seconds=time.thread_time() - started,
         versions=tuple({span.uri: page.etag for span, page in zip(item.pages, pages, strict=True)}.items()),
     )
+
+
+def _labels(samples: Sequence[Sample], multi_label: bool) -> NDArray[np.int64]:
+    if multi_label:  # A bad sample has none.
+        return padded([sample.label if isinstance(sample.label, tuple) else () for sample in samples])
+    return np.array([sample.label for sample in samples], np.int64)
 
 
 def read_decoded(job: Job, item: Item) -> Iterator[Rows]:

@@ -6,16 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from pipelines.corpus.errors import CorpusError
-
 if TYPE_CHECKING:
     from pipelines.corpus.manifest import Corpus
 
-__all__ = ["LabelSource", "check_single_label", "label_sources", "select"]
+__all__ = ["LabelSource", "label_sources", "select"]
 
 
 class Labelled(Protocol):
-    label: int
+    label: int | tuple[int, ...]
     fault: str
 
 
@@ -44,19 +42,18 @@ def label_sources(corpus: Corpus) -> tuple[LabelSource, ...]:
 
 
 def select(samples: Sequence[S], chosen: tuple[int, ...] | None, labels: tuple[int, ...] | None) -> Sequence[S]:
-    """The chosen samples of a page, relabelled; a sample with a fault keeps its place."""
+    """The chosen samples of a page, relabelled; a sample with a fault keeps its place.
+
+    Of several labels those that `labels` leaves out (-1) are dropped.
+    """
     if chosen is not None:
         samples = [samples[i] for i in chosen]
     if labels is not None:
         for sample in samples:
-            if not sample.fault:
+            if sample.fault:
+                continue
+            if isinstance(sample.label, tuple):
+                sample.label = tuple(labels[own] for own in sample.label if labels[own] >= 0)
+            else:
                 sample.label = labels[sample.label]
     return samples
-
-
-def check_single_label(corpus: Corpus) -> None:
-    if corpus.head.multi_label:
-        raise CorpusError(
-            f"corpus {corpus.reference} has a list of labels for each image, and batches carry one label an image;"
-            " its lists are in corpus.samples(split)['labels']; for training, make a corpus with one `label` an image"
-        )

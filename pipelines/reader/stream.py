@@ -75,11 +75,12 @@ class BatchStream:
         num_threads: int = 1,
         ahead: int = 2,
         pinned: bool = False,
+        multi_label: bool = False,
     ) -> None:
         """`num_rows`: the tape ends there and batches are padded with weight 0 (evaluation); None: it is endless.
 
         `job`: how to decode rows that come as files, on `num_threads` threads; `ahead`: steps that are made before they
-        are asked for; `pinned`: their images lie in page-locked memory.
+        are asked for; `pinned`: their images lie in page-locked memory; `multi_label`: labels are (B, W).
         """
         self._step, self._stop_step = start_step, stop_step
         self._is_endless = num_rows is None
@@ -97,6 +98,7 @@ class BatchStream:
             num_threads=num_threads,
             ahead=ahead,
             pinned=pinned,
+            multi_label=multi_label,
         )
         self._close = weakref.finalize(self, self._steps.close)
         self._close.atexit = False  # Daemon threads end with the process.

@@ -134,7 +134,7 @@ def build_session(
                 ranks.device,
                 changes=changes_of(job.augment),
                 seed=job.seed,
-                num_classes=len(corpus.class_names),
+                num_classes=num_classes,
             )
         ]
         return opened[0] if watch is None else _watched(opened[0], watch)
@@ -150,7 +150,7 @@ def build_session(
             reader=job.reader,
             pinned=pinned,
         )
-        return DeviceBatches(stream, ranks.device)
+        return DeviceBatches(stream, ranks.device, num_classes=num_classes)
 
     def export(path: Path, tensors: Mapping[str, Tensor]) -> None:
         if job.train.masked is not None:

@@ -1,4 +1,7 @@
-"""Loss and accuracy on a held-out split, exact: every sample once, summed over ranks, padding counts nothing."""
+"""Loss and accuracy on a held-out split, exact: every sample once, summed over ranks, padding counts nothing.
+
+With several labels an image a prediction is right when the best class is one of them, and there is no confusion matrix.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ def _in_step(batches: Iterable[Batch], ranks: Ranks) -> Iterator[Batch]:
     shape = ranks.from_rank_zero(first.images.shape[1:] if first is not None else (0, 0, 0))
     nothing = Batch(
         torch.zeros(1, *shape, dtype=torch.uint8),
-        torch.zeros(1, dtype=torch.int64),
+        torch.zeros(1, dtype=torch.int64) if first is None else torch.zeros_like(first.labels[:1]),
         torch.zeros(1),
         torch.full((1,), -1),
     )

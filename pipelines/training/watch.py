@@ -80,15 +80,15 @@ class Watcher:
             )
 
 
-def stop(attempt: Attempt, thread: threading.Thread, watcher: Watcher) -> None:
+def stop(attempt: Attempt, ended: threading.Event, watcher: Watcher) -> None:
     """Ask rank 0 to stop; a second Ctrl-C, or too long a wait, cuts the workers off."""
     import ray
 
     say("stopping: the workers store a checkpoint and end (Ctrl-C again cuts them off)")
     with contextlib.suppress(KeyboardInterrupt, store.StoreError):
         store.write_json(store.join(attempt.uri, STOP), {"time": time.time()})
-        thread.join(STOP_SECONDS)
-    if thread.is_alive():
+        ended.wait(STOP_SECONDS)
+    if not ended.is_set():
         ray.shutdown()  # The workers die with their driver.
     watcher(now=True)
     step = watcher.latest.get("checkpoint")

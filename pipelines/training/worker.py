@@ -186,19 +186,21 @@ class _Round:
         """Until the group has ended; returns what Ray Train raised."""
         trainer = self._trainer()
 
+        ended = threading.Event()  # Ctrl-C in Thread.join() makes Python 3.12 and older take a thread for ended.
+
         def fit() -> None:
             try:
                 trainer.fit()
             except BaseException as error:
                 self._failure = error
+            finally:
+                ended.set()
 
         # In a thread: Ray Train's own SIGINT handler aborts without a last checkpoint, and is only set in the main one.
-        thread = threading.Thread(target=fit, name="trainer", daemon=True)
-        thread.start()
+        threading.Thread(target=fit, name="trainer", daemon=True).start()
         before, patience = self.watcher.latest, Patience(self.placement)
         try:
-            while thread.is_alive():
-                thread.join(POLL_SECONDS)
+            while not ended.wait(POLL_SECONDS):
                 self.watcher()
                 if self.watcher.latest == before:
                     if patience.is_due():
@@ -206,7 +208,7 @@ class _Round:
                 else:
                     self._look()
         except KeyboardInterrupt:
-            stop(self.job.attempt, thread, self.watcher)
+            stop(self.job.attempt, ended, self.watcher)
             raise
         self.watcher(now=True)
         return self._failure

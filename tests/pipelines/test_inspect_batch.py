@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 
 from pipelines.cli import main
-from pipelines.config import RecipeError, load_recipe
+from pipelines.config import RecipeError, from_dict, load_recipe
 from pipelines.inspect_batch import batch_figure, training_batch
 from pipelines.inspect_batch import main as inspect_main
 from pipelines.pretrain import PretrainRecipe
 
-from .tiny_corpus import write_colours
+from .tiny_corpus import COLOURS, write_colour_lists, write_colours
 
 KEYS = "{policy: three, color_jitter: 0.3, mixup: 0.8, cutmix: 1.0}"
 
@@ -78,6 +78,19 @@ def test_bad_samples_are_marked(recipe: Path) -> None:
     titles = [axes.get_title() for axes in batch_figure(batch, corpus.class_names, 4).axes]
     assert titles[2].startswith("bad sample,\nweight 0")
     assert "%" in titles[1] and f"#{int(batch.sample_ids[1])}" in titles[1]
+
+
+def test_of_several_labels_two_are_named_and_the_others_counted(tmp_path: Path) -> None:
+    corpus = write_colour_lists(tmp_path, train=32)
+    tiny = {"patch_size": 8, "width": 32, "depth": 2, "mlp_dim": 64, "num_heads": 2}
+    values = {"corpus": corpus.reference, "resolution": 16, "model": tiny}
+    loaded = from_dict(PretrainRecipe, values | {"train": {"batch_size": 32, "total_steps": 1, "loss": "sigmoid"}})
+    batch = training_batch(loaded, corpus, 0)
+    titles = [axes.get_title().splitlines()[:-1] for axes in batch_figure(batch, corpus.class_names, 32).axes]
+    assert {len(title) for title in titles} == {1, 2, 3}
+    for title, row in zip(titles, batch.labels, strict=True):
+        assert {line.removeprefix("100% ") for line in title[:2]} <= {COLOURS[k] for k in row.nonzero()[:, 0].tolist()}
+        assert len(title) == row.sum() and title[2:] in ([], ["and 1 more"])
 
 
 @pytest.mark.parametrize(
