@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,9 @@ def test_ctrl_c_then_kill_9_then_the_same_command_finishes(
     command = [sys.executable, "-m", "tests.chaos.driver", str(path), str(folder)]
 
     def start() -> subprocess.Popen[str]:
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        # Tests that a shell has put into the background ignore Ctrl-C, and their children would too.
+        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=heard)
 
     def reached(attempt: int, field: str, at_least: int) -> bool:
         try:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from infra.local.state import State
 from tests.chaos.nodes import wait_for
@@ -41,7 +42,6 @@ def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
 def test_the_same_command_resumes_what_a_dead_head_left(
     environment: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], number: int
 ) -> None:
-    del number
     kill_at = draw(capsys).randrange(60, 200)
 
     def vit(*arguments: str) -> subprocess.Popen[str]:
@@ -49,6 +49,10 @@ def test_the_same_command_resumes_what_a_dead_head_left(
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return subprocess.Popen(command, env=environment, cwd=tmp_path, **pipes)
 
+    for shade, name in enumerate(("dark", "light")):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for index in range(80):
+            Image.new("L", (16, 16), 90 * shade + index).save(tmp_path / "images" / name / f"{index}.png")
     first = vit("shard", "smoke/shard")
     output = first.communicate(timeout=200)[0]
     assert first.returncode == 0, output
