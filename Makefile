@@ -13,7 +13,7 @@ help:
 	@echo "make chaos   training struck by lost workers, nodes, drivers: five moments of each kind (CHAOS_ROUNDS=5)"
 	@echo "make lint    ruff (format and check) and mypy"
 	@echo "make bench   every benchmark with its peers (make bench QUICK=--quick for a short run)"
-	@echo "make fuzz    the native decoder against hostile files, with sanitizers (FUZZ_SECONDS=60)"
+	@echo "make fuzz    the decoders against hostile files, the C code with sanitizers (FUZZ_SECONDS=60 each)"
 	@echo "make setup   only the set-up: $(VENV) with the project in it"
 
 setup: $(VENV)/.core
@@ -60,6 +60,7 @@ bench: $(VENV)/.bench
 
 fuzz: $(VENV)/.core
 	$(BIN)/python -m tests.fuzz.run --seconds $(or $(FUZZ_SECONDS),60)
+	$(BIN)/python -m tests.fuzz.images --seconds $(or $(FUZZ_SECONDS),60)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
