@@ -19,6 +19,7 @@ __all__ = [
     "RECIPES",
     "RecipeError",
     "Strict",
+    "check_choices",
     "find_recipe",
     "flatten",
     "from_dict",
@@ -49,6 +50,25 @@ class Strict:
 
     __slots__ = ()
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  pydantic reads a plain class attribute
+
+
+def check_choices(values: object) -> None:
+    """A dataclass that is made in Python has seen no pydantic: a misspelt word must not pass for another one."""
+    for name, choices in _choices(type(values)).items():
+        if (value := getattr(values, name)) not in choices:
+            raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
+
+
+@lru_cache
+def _choices(kind: type) -> dict[str, tuple[object, ...]]:
+    """The words that each field of type Literal, or Literal or None, may be."""
+    found: dict[str, tuple[object, ...]] = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        options = (hint, *typing.get_args(hint))  # The hint itself, or what stands in its union.
+        words = [word for one in options if typing.get_origin(one) is typing.Literal for word in typing.get_args(one)]
+        if words:
+            found[name] = (*words, None) if type(None) in options else tuple(words)
+    return found
 
 
 class RecipeError(ValueError):
