@@ -19,6 +19,7 @@ __all__ = [
     "RECIPES",
     "RecipeError",
     "Strict",
+    "check_choices",
     "find_recipe",
     "flatten",
     "from_dict",
@@ -34,6 +35,7 @@ __all__ = [
 
 T = TypeVar("T")
 RECIPES = Path(__file__).parent / "recipes"
+NONE = type(None)
 
 
 def __getattr__(name: str) -> Any:
@@ -49,6 +51,25 @@ class Strict:
 
     __slots__ = ()
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  pydantic reads a plain class attribute
+
+
+def check_choices(values: object) -> None:
+    """A dataclass that is made in Python has seen no pydantic: a misspelt word must not pass for another one."""
+    for name, choices in _choices(type(values)).items():
+        if (value := getattr(values, name)) not in choices:
+            raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
+
+
+@lru_cache
+def _choices(kind: type) -> dict[str, tuple[object, ...]]:
+    """The words that each field of type Literal, or Literal or None, may be."""
+    found: dict[str, tuple[object, ...]] = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        options = (hint,) if typing.get_origin(hint) is typing.Literal else typing.get_args(hint)
+        words = [word for option in options for word in typing.get_args(option) or ([None] if option is NONE else [])]
+        if any(typing.get_origin(option) is typing.Literal for option in options):
+            found[name] = tuple(words)
+    return found
 
 
 class RecipeError(ValueError):

@@ -107,7 +107,9 @@ def decode_pixels(data: bytes, channels: int, max_pixels: int) -> NDArray[np.uin
         raise ImageError("too_many_pixels", str(error)) from error
     except faults as error:
         raise ImageError("undecodable", f"{kind} image cannot be decoded: {error}") from error
-    return np.ascontiguousarray(upright(pixels.reshape(*pixels.shape[:2], channels), orientation))
+    turned = np.ascontiguousarray(upright(pixels.reshape(*pixels.shape[:2], channels), orientation))
+    # Of a side of 1 px numpy calls a reversed view contiguous, and torch refuses its negative stride.
+    return turned if min(turned.strides) > 0 else turned.copy()
 
 
 def flatten_modes(image: Image.Image, channels: int) -> Image.Image:

@@ -41,7 +41,7 @@ class PageCache:
 
     def __init__(self, folder: str | Path, max_bytes: int) -> None:
         self._folder, self._max_bytes = Path(folder), max_bytes
-        self._is_broken = False
+        self._is_broken = self._is_told = False
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -84,9 +84,9 @@ class PageCache:
             if written == len(data):
                 part.replace(path)
         except OSError as error:
-            if error.errno != errno.ENOSPC:
-                self._is_broken = True
-            log.warning("cache: %s cannot be kept: %s", path, error.strerror or error)
+            self._is_broken = error.errno != errno.ENOSPC  # A full disk may have room again.
+            log.log(logging.DEBUG if self._is_told else logging.WARNING, "cache: %s cannot be kept: %s", path, error)
+            self._is_told = True
         finally:
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)

@@ -21,10 +21,19 @@ from pipelines.reader.augment import AugmentConfig, crop_boxes, dct_crops, flips
 if TYPE_CHECKING:
     from vit_model.preprocess import InputSpec
 
-__all__ = ["EngineName", "Faults", "decode_for_evaluation", "decode_for_training"]
+__all__ = ["DecoderError", "EngineName", "Faults", "decode_for_evaluation", "decode_for_training"]
 
 EngineName = Literal["wheels", "native", "nvjpeg"]
 Faults = dict[int, tuple[str, str]]  # place -> (reason, text)
+
+
+class DecoderError(RuntimeError):
+    """A decoder failed in a way that says nothing about the file: a fault of the program, at `place`."""
+
+    def __init__(self, place: int, error: Exception) -> None:
+        super().__init__(f"the decoder failed with {type(error).__name__}: {error}")
+        self.place = place
+
 
 TINY = 1 << 14  # Bytes. Below, the call that resizes costs more than its work, and images of one size share it.
 
@@ -41,6 +50,8 @@ def decode_for_evaluation(
             out[place] = load_image(bytes(data), spec).numpy()
         except ImageError as error:
             faults[place] = (error.reason, str(error))
+        except Exception as error:
+            raise DecoderError(place, error) from error
     return faults
 
 
@@ -171,6 +182,8 @@ def _decode_slowly(work: _Work, todo: NDArray[np.int64], mirrored: NDArray[np.bo
         except ImageError as error:
             faults[int(work.places[i])] = (error.reason, str(error))
             continue
+        except Exception as error:
+            raise DecoderError(int(work.places[i]), error) from error
         size = np.array([pixels.shape[:0:-1]], np.int64)
         _, x, y, width, height = work.crops(np.array([i]), size, np.zeros(1, np.bool_)).tolist()[0]
         crop = pixels.numpy().transpose(1, 2, 0)[None, y : y + height, x : x + width]

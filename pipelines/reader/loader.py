@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from pipelines.config import Strict, how
+from pipelines.config import Strict, check_choices, how
 from pipelines.reader import order as law
 from pipelines.reader.assemble import RowSource
 from pipelines.reader.augment import AugmentConfig
@@ -67,6 +67,7 @@ class ReaderConfig(Strict):
     cache_bytes: int = how(default=CACHE_BYTES)  # Most that a node keeps there
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.num_cpus <= 0 or (self.num_threads is not None and self.num_threads < 1):
             raise ValueError(
                 f"num_cpus={self.num_cpus}, num_threads={self.num_threads}: reading needs more than 0 and at least 1"
@@ -80,6 +81,8 @@ class ReaderConfig(Strict):
                 f"nvjpeg decodes in the process that trains; engine={self.engine} and decode={self.decode} ask for "
                 "something else: leave both at auto"
             )
+        if self.cache is not None and not self.cache.strip():
+            raise ValueError(f"cache={self.cache!r} names no folder; give one, or null for no cache")
         if self.cache is None and self.cache_bytes != CACHE_BYTES:
             raise ValueError(f"cache_bytes={self.cache_bytes} has no effect without cache; set cache to a folder")
         if self.cache_bytes < FEWEST_CACHE_BYTES:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pipelines.reader.augment import AugmentConfig
 from pipelines.reader.buffers import Buffers
-from pipelines.reader.decode import decode_for_evaluation, decode_for_training
+from pipelines.reader.decode import DecoderError, Faults, decode_for_evaluation, decode_for_training
 from pipelines.reader.engines import Engine, require
 from pipelines.reader.fetch import CacheConfig, PageSpan, fetch
 from pipelines.reader.labels import padded
@@ -203,21 +203,11 @@ def decode_into(
         texts = {i: fault for i, fault in enumerate(faults) if fault}
         back = {int(where[i]): int(i) for i in good}
         data = [files[i] for i in good]
-        if job.augment is None:
-            new = decode_for_evaluation(data, where[good], job.spec, images)
-        else:
-            ids = np.concatenate([part.sample_ids for part in same])[good]
-            new = decode_for_training(
-                data,
-                where[good],
-                ids,
-                spec=job.spec,
-                augment=job.augment,
-                seed=job.fetch.seed,
-                epoch=epoch,
-                out=images,
-                engine=job.engine.name if job.engine else "wheels",
-            )
+        ids = np.concatenate([part.sample_ids for part in same])[good]
+        try:
+            new = _decode(job, data, where[good], ids, epoch, images)
+        except DecoderError as error:
+            raise SampleError(f"{names[back[error.place]]}: {error}; please report it, with the image") from error
         for place, (reason, text) in new.items():
             texts[back[place]] = f"{reason}: {names[back[place]]}: {text}"
         for i, text in texts.items():
@@ -227,6 +217,29 @@ def decode_into(
     if found and job.on_bad == "fail":
         raise SampleError(f"{next(iter(found.values()))}; set on_bad=mask to go on without bad samples")
     return found
+
+
+def _decode(
+    job: Job,
+    data: Sequence[memoryview],
+    places: NDArray[np.int64],
+    ids: NDArray[np.int64],
+    epoch: int,
+    images: NDArray[np.uint8],
+) -> Faults:
+    if job.augment is None:
+        return decode_for_evaluation(data, places, job.spec, images)
+    return decode_for_training(
+        data,
+        places,
+        ids,
+        spec=job.spec,
+        augment=job.augment,
+        seed=job.fetch.seed,
+        epoch=epoch,
+        out=images,
+        engine=job.engine.name if job.engine else "wheels",
+    )
 
 
 def _by_epoch(parts: Sequence[Rows]) -> Iterator[tuple[int, list[Rows]]]:

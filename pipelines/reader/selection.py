@@ -14,6 +14,7 @@ __all__ = ["LabelSource", "label_sources", "select"]
 
 class Labelled(Protocol):
     label: int | tuple[int, ...]
+    name: str
     fault: str
 
 
@@ -44,7 +45,8 @@ def label_sources(corpus: Corpus) -> tuple[LabelSource, ...]:
 def select(samples: Sequence[S], chosen: tuple[int, ...] | None, labels: tuple[int, ...] | None) -> Sequence[S]:
     """The chosen samples of a page, relabelled; a sample with a fault keeps its place.
 
-    Of several labels those that `labels` leaves out (-1) are dropped.
+    Of several labels those that `labels` leaves out (-1) are dropped. A sample with no other is not as the manifest
+    has it, which lists no such sample.
     """
     if chosen is not None:
         samples = [samples[i] for i in chosen]
@@ -53,7 +55,10 @@ def select(samples: Sequence[S], chosen: tuple[int, ...] | None, labels: tuple[i
             if sample.fault:
                 continue
             if isinstance(sample.label, tuple):
-                sample.label = tuple(labels[own] for own in sample.label if labels[own] >= 0)
+                kept = tuple(labels[own] for own in sample.label if labels[own] >= 0)
+                sample.label, is_left_out = kept, bool(sample.label) and not kept
             else:
-                sample.label = labels[sample.label]
+                sample.label, is_left_out = max(0, labels[sample.label]), labels[sample.label] < 0
+            if is_left_out:
+                sample.fault = f"bad_label: {sample.name}: a class that this corpus leaves out"
     return samples

@@ -49,7 +49,8 @@ def walk(page: memoryview) -> tuple[list[TarSample], TarError | None]:
         problem = None
     wrong = walker.first_bad_checksum()
     if wrong is not None:
-        # Its name cannot be trusted: it may have been a member of the sample before.
+        # Its name cannot be trusted: it may have been a member of the sample before, also where an extension header
+        # comes between, which counts as the sample's before it.
         del walker.samples[walker.owners[max(0, wrong - 1)] :]
         problem = TarError("tar_checksum", walker.headers[wrong], "tar header checksum is wrong")
     return walker.samples, problem
@@ -122,7 +123,6 @@ class _Walk:
         else:
             name, self._long_size = _pax(record, body)
             self._long_name = name or self._long_name
-        self.owners[-1] = len(self.samples)
 
     def first_bad_checksum(self) -> int | None:
         """Index of the first header whose checksum does not hold; all are summed in one call."""

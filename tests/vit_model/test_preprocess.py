@@ -8,7 +8,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from vit_model import ImageError, InputSpec, OutputSpec, decode_image, load_image, normalize
 
@@ -59,6 +59,17 @@ def test_exif_orientation_is_applied(orientation, format):
     data = encode(image, format, exif=exif)
     expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
     assert np.array_equal(pixels(data), expected)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(1, 30), (30, 1), (1, 1)])
+def test_a_picture_of_one_pixel_in_width_is_turned_like_any_other(size, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
+    found = pixels(encode(image, exif=exif))
+    turned = ImageOps.exif_transpose(Image.open(io.BytesIO(encode(image, exif=exif))))
+    assert (found == np.array(turned)).all()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

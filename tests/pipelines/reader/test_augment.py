@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.reader.augment import AugmentConfig, crop_boxes, flips, shifts
+from pipelines.reader.loader import ReaderConfig
 
 SIDES = st.integers(1, 3000)
 
@@ -83,3 +84,21 @@ def test_shifts_reach_every_offset_equally() -> None:
 def test_settings_without_sense_or_effect_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         AugmentConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (AugmentConfig, {"crop": "inceptoin"}),
+        (AugmentConfig, {"policy": "randaug"}),
+        (AugmentConfig, {"preset": "strong"}),
+        (ReaderConfig, {"on_bad": "fial"}),
+        (ReaderConfig, {"engine": "nativ"}),
+        (ReaderConfig, {"backend": "locl"}),
+        (ReaderConfig, {"decode": None}),
+    ],
+)
+def test_a_misspelt_word_is_refused_in_a_script_too(kind: Any, values: dict[str, Any]) -> None:
+    ((name, value),) = values.items()
+    with pytest.raises(ValueError, match=f"{name}={value!r} is not one of '"):
+        kind(**values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import random
@@ -180,6 +181,29 @@ def test_a_disk_that_fails_costs_only_speed(tmp_path: Path, monkeypatch: pytest.
     folder.write_text("a file where a folder should be")
     put(cache, 1)
     assert not held(cache, 1)
+
+
+def test_a_full_disk_is_told_once_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = PageCache(tmp_path, 100_000)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PageCache, "_reserve", full)
+        for number in range(9):
+            put(cache, number)
+    assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 1
+    put(cache, 1)
+    assert held(cache, 1)
+
+
+@pytest.mark.parametrize("folder", ["", "  "])
+def test_a_cache_without_a_name_is_refused(folder: str) -> None:
+    with pytest.raises(ValueError, match="names no folder"):
+        ReaderConfig(cache=folder)
 
 
 def test_the_second_epoch_is_read_from_the_cache(

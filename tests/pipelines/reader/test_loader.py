@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 
 from pipelines.batch import Batch
 from pipelines.corpus.manifest import Corpus
+from pipelines.reader import wheels
 from pipelines.reader.loader import AugmentConfig, BatchStream, ReaderConfig, eval_batches, train_batches
 from pipelines.reader.order import Order, OrderError
+from pipelines.reader.rows import SampleError
+from vit_model import preprocess
 
 from .conftest import GREY
 
@@ -157,3 +160,21 @@ def test_impossible_settings_are_refused_before_reading(corpus: Corpus, changes:
 def test_an_evaluation_batch_must_be_divisible(corpus: Corpus) -> None:
     with pytest.raises(OrderError, match="batch_size=7 is not divisible by 2 workers"):
         eval_batches(corpus, split="test", batch_size=7, spec=GREY, world_size=2)
+
+
+@pytest.mark.parametrize("evaluation", [False, True])
+def test_a_decoder_that_fails_by_its_own_fault_names_shard_and_key(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch, evaluation: bool
+) -> None:
+    def fail(*_: object) -> None:
+        raise TypeError("a fault of the program")
+
+    for name in ("decode_image", "load_image"):
+        monkeypatch.setattr(preprocess, name, fail)
+    monkeypatch.setattr(wheels, "open_plain", lambda *_: None)
+    reader = ReaderConfig(backend="local", engine="wheels")
+    with pytest.raises(SampleError, match=r"\.tar, sample [0-9a-f]{16}: the decoder failed with TypeError: a fault"):
+        if evaluation:
+            next(eval_batches(corpus, split="test", batch_size=4, spec=GREY, reader=reader))
+        else:
+            next(stream(corpus, reader=reader))

@@ -22,7 +22,9 @@ from pipelines.reader.blocks import rows_of_table, table_of_pixels
 from pipelines.reader.device import DeviceBatches
 from pipelines.reader.labels import multi_hot, padded
 from pipelines.reader.loader import AugmentConfig, ReaderConfig, changes_of, eval_batches, train_batches
+from pipelines.reader.pages import Sample
 from pipelines.reader.rows import Rows
+from pipelines.reader.selection import select
 from tests.pipelines.corpus.foreign import Member, foreign_tar
 from tests.pipelines.tiny_corpus import COLOURS, write_colour_lists
 from vit_model.preprocess import InputSpec
@@ -209,6 +211,15 @@ def test_lists_survive_any_joining_and_slicing_of_their_blocks(cut: int) -> None
     assert [tuple(label for label in labels if label >= 0) for labels in found] == [
         one for part in lists for one in part
     ]
+
+
+@pytest.mark.parametrize("label", [1, (1,), (1, 3)])
+def test_a_label_that_the_mixture_leaves_out_is_a_bad_one(label: Any) -> None:
+    """The manifest lists no such sample: what stands in the tar is damaged."""
+    sample, good = Sample(label=label, name="x.tar, sample a"), Sample(label=2, name="b")
+    select([sample, good], None, (0, -1, 1, -1))
+    assert sample.fault == "bad_label: x.tar, sample a: a class that this corpus leaves out"
+    assert (good.label, good.fault) == (1, "") and sample.label in (0, ())
 
 
 def test_multi_hot_rows_have_a_one_at_each_of_their_numbers() -> None:

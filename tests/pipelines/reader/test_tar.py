@@ -101,6 +101,25 @@ def test_a_flipped_header_bit_is_never_overlooked(data: st.DataObject) -> None:
     assert problem or samples == whole
 
 
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("label_first", [False, True])
+def test_a_flipped_bit_after_an_extension_header_never_cuts_a_member(form: int, label_first: bool) -> None:
+    """Of names over 100 bytes each member has one, and a size of 2 bytes in place of 3 still reads as a label."""
+    names = sorted((("cls", b"123"), ("png", b"x" * 700)), reverse=not label_first)
+    members = [(f"{'folder/' * 15}{key}.{name}", data) for key in "abc" for name, data in names]
+    tar = archive(members, form)
+    whole = found(tar)[0]
+    assert len(whole) == 3
+    headers = [at for at in range(0, len(tar), BLOCK) if tar[at + 257 : at + 262] == b"ustar"]
+    assert len(headers) == 2 * len(members)
+    for at in headers:
+        for bit in range(124 * 8, 136 * 8):
+            broken = bytearray(tar)
+            broken[at + bit // 8] ^= 1 << bit % 8
+            samples, problem = found(bytes(broken))
+            assert problem and samples == whole[: len(samples)]
+
+
 @pytest.mark.parametrize(
     "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.GNUTYPE_SPARSE]
 )
