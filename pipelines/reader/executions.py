@@ -11,6 +11,8 @@ import logging
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 import ray.data
+from ray.data import ExecutionResources
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
@@ -26,15 +29,20 @@ from pipelines.reader.blocks import rows_of_table, table_of_pixels, tables_of_fi
 from pipelines.reader.engines import EngineError
 from pipelines.reader.fetch import FetchError
 from pipelines.reader.order import OrderError
-from pipelines.reader.rows import PIECE_BYTES, FetchJob, Item, Job, Rows, SampleError, read_decoded, read_files
+from pipelines.reader.rows import PIECE_BYTES, FetchJob, Item, Job, Rows, SampleError, read_decoded
+from pipelines.reader.threads import read_in_threads
+from pipelines.store import is_s3
 
 __all__ = ["RayRows", "StarvedError", "check_cpus"]
 
 TASKS_PER_EXECUTION = 250
-TASKS_AT_FIRST = 32  # Ray Data takes about 1 ms for each before the first block comes.
+TASKS_AT_FIRST = 16  # Ray Data takes about 1 ms for each before the first block comes.
 FEWEST_ROWS = 256  # Of one read task: shorter ones cost more to schedule than to run.
-OPEN_AHEAD = 0.6  # The next execution is opened when this part of the rows has come.
-PREFETCHED_BLOCKS = 4
+FEWEST_FILES = 1024  # The same where the task hands on files, which is a tenth of the work.
+CPUS_PER_READER = 8  # That decode what one reading process fetches: it needs about a tenth of what decoding does.
+OPEN_AHEAD = 0.8  # The next execution is opened when this part of the rows has come.
+PREFETCHED_BLOCKS = 2
+WAITING_BYTES = 32 << 20  # Of files in Ray's object store, about: what was once used there stays taken.
 SCHEDULING_PAUSE_SECONDS = 0.01
 LARGE_IMAGE_BYTES = 1 << 16
 
@@ -51,9 +59,10 @@ class RayRows:
     ) -> None:
         """`decode`: the read tasks decode; otherwise they hand on files."""
         check_cpus(num_cpus, world_size)
+        reading = Reading.decoded(num_cpus) if decode else Reading.files(num_cpus, world_size)
         logging.getLogger("ray.data").setLevel(logging.ERROR)  # Two lines per execution otherwise.
         self._opener = ThreadPoolExecutor(1, thread_name_prefix="reader-open")
-        self._work = job, items, num_cpus, decode
+        self._work = job, _grouped(items, reading.fewest_rows), reading
         self._upcoming: Future[_Opened] | None = self._open(TASKS_AT_FIRST)
         self._current: _Opened | None = None
         self._rows = self._chain()
@@ -95,14 +104,14 @@ class RayRows:
 class _Opened:
     """A running execution; its first block is already on the way."""
 
-    def __init__(self, job: Job, items: list[Item], num_cpus: float, decode: bool) -> None:
-        self.num_rows = sum(item.count for item in items)
+    def __init__(self, job: Job, groups: list[list[Item]], reading: Reading) -> None:
+        self.num_rows = sum(item.count for group in groups for item in group)
         self._shape = job.shape
         self._blocks: Any = iter(())
         self._first: pa.Table | None = None
-        if items:
+        if groups:
             self._blocks = iter(
-                _dataset(job, items, num_cpus, decode).iter_batches(
+                _dataset(job, groups, reading).iter_batches(
                     batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCHED_BLOCKS
                 )
             )
@@ -127,16 +136,56 @@ class _Opened:
             self._blocks.close()
 
 
-def _open(job: Job, items: Iterator[Item], num_cpus: float, decode: bool, tasks: int) -> _Opened:
-    return _Opened(job, list(islice(items, tasks)), num_cpus, decode)
+def _open(job: Job, groups: Iterator[list[Item]], reading: Reading, tasks: int) -> _Opened:
+    return _Opened(job, list(islice(groups, tasks)), reading)
 
 
-def _dataset(job: Job, items: list[Item], num_cpus: float, decode: bool) -> Any:
-    source = _Items(job, items, decode)
-    dataset = ray.data.read_datasource(source, override_num_blocks=len(source.tasks), num_cpus=num_cpus)
+def _grouped(items: Iterator[Item], fewest_rows: int) -> Iterator[list[Item]]:
+    """Items as the work of one task each: neighbours together, until they have so many rows."""
+    group: list[Item] = []
+    size = 0
+    for item in items:
+        group.append(item)
+        size += item.count
+        if size >= fewest_rows:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How read tasks run."""
+
+    decode: bool
+    num_cpus: float
+    fewest_rows: int
+    at_a_time: int | None = None  # Tasks of this rank; None: as many as there are CPUs for.
+    windows_at_once: int = 1  # That one task fetches.
+
+    @classmethod
+    def decoded(cls, num_cpus: float) -> Reading:
+        return cls(True, num_cpus, FEWEST_ROWS)
+
+    @classmethod
+    def files(cls, num_cpus: float, world_size: int) -> Reading:
+        """One reading process for every few CPUs, with two requests on their way for each CPU that decodes."""
+        cpus = float(ray.cluster_resources().get("CPU", 0.0)) / world_size
+        readers = max(1, round(cpus / CPUS_PER_READER))
+        return cls(False, num_cpus, FEWEST_FILES, readers, max(2, min(16, round(2 * cpus / readers))))
+
+
+def _dataset(job: Job, groups: list[list[Item]], reading: Reading) -> Any:
+    source = _Items(job, groups, reading)
+    dataset = ray.data.read_datasource(
+        source, override_num_blocks=len(groups), num_cpus=reading.num_cpus, concurrency=reading.at_a_time
+    )
     context = dataset.context  # The dataset's own copy: nothing changes for other users of this process.
     context.execution_options.preserve_order = True
     context.target_max_block_size = PIECE_BYTES
+    if not reading.decode:
+        context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=WAITING_BYTES)
     context.enable_progress_bars = context.print_on_execution_start = False
     context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, Paced]
     return dataset.iterator()
@@ -154,20 +203,13 @@ class Paced(ExecutionCallback):  # type: ignore[misc,unused-ignore]
 
 
 class _Items(Datasource):  # type: ignore[misc,unused-ignore]
-    """Items as read tasks, small neighbours together in one."""
+    """Items as read tasks."""
 
-    def __init__(self, job: Job, items: list[Item], decode: bool) -> None:
+    def __init__(self, job: Job, groups: list[list[Item]], reading: Reading) -> None:
         super().__init__()
-        groups: list[list[Item]] = []
-        size = FEWEST_ROWS
-        for item in items:
-            if size >= FEWEST_ROWS:
-                groups.append([])
-                size = 0
-            groups[-1].append(item)
-            size += item.count
-        read = partial(_read_decoded, job) if decode else partial(_read_files, job.fetch)
-        self.tasks = [ReadTask(partial(read, group), _metadata(job, group, decode)) for group in groups]
+        windows = reading.windows_at_once
+        read = partial(_read_decoded, job) if reading.decode else partial(_read_files, job.fetch, windows)
+        self.tasks = [ReadTask(partial(read, group), _metadata(job, group, reading.decode)) for group in groups]
 
     def estimate_inmemory_data_size(self) -> int | None:
         return None
@@ -190,10 +232,13 @@ def _read_decoded(job: Job, items: list[Item]) -> Iterator[pa.Table]:
         yield from map(table_of_pixels, read_decoded(job, item))
 
 
-def _read_files(job: FetchJob, items: list[Item]) -> Iterator[pa.Table]:
-    """Runs in a Ray worker, which needs no torch for it."""
-    for item in items:
-        yield from tables_of_files(read_files(job, item))
+def _read_files(job: FetchJob, windows: int, items: list[Item]) -> Iterator[pa.Table]:
+    """Runs in a Ray worker, which needs no torch for it. While one window is handed on the next ones are fetched."""
+    if not is_s3(items[0].pages[0].uri):
+        windows = 1  # A disk answers at once.
+    with closing(read_in_threads(job, iter(items), windows)) as found:
+        for rows in found:
+            yield from tables_of_files(rows)
 
 
 # Faults of the cluster ----------------------------------------------------------------------------------------------

@@ -14,16 +14,16 @@ __all__ = ["read_in_threads"]
 FETCHING = 4  # Windows on their way at once: a store answers late, not slowly.
 
 
-def read_in_threads(job: FetchJob, items: Iterator[Item]) -> Generator[Rows, None, None]:
-    """The files of each item in the order of the items; at most FETCHING items are read ahead of the one taken."""
-    pool = ThreadPoolExecutor(FETCHING, thread_name_prefix="fetch")
+def read_in_threads(job: FetchJob, items: Iterator[Item], fetching: int = FETCHING) -> Generator[Rows, None, None]:
+    """The files of each item in the order of the items; at most `fetching` items are read ahead of the one taken."""
+    pool = ThreadPoolExecutor(fetching, thread_name_prefix="fetch")
     waiting: deque[Future[Rows]] = deque()
 
     def submit(count: int) -> None:
         waiting.extend(pool.submit(read_files, job, item) for item in islice(items, count))
 
     try:
-        submit(FETCHING)
+        submit(fetching)
         while waiting:
             rows = waiting.popleft().result()
             submit(1)

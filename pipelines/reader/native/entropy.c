@@ -26,6 +26,8 @@ static const uint8_t position[80] = {
     128,      128,      128,      128,      128,      128,      128,      128,      128,      128,
 };
 
+_Static_assert(BLOCK_PAIR + 8 < PAIR_SIZE, "place 128 of a pair's second block, which begins 8 behind the first");
+
 /* A magnitude of `size` bits, 1 to 15. */
 static inline int extend(uint32_t magnitude, int size) {
     int value = (int)magnitude;

@@ -50,7 +50,7 @@ int vit_read_header(const uint8_t *data, size_t size, vit_header *header);
 
 #define FAST_BITS 10
 #define BLOCK_PAIR 128             /* coefficients of two blocks, side by side: row r of both is at 16 r */
-#define PAIR_SIZE (BLOCK_PAIR + 8) /* what runs off a block's end goes behind both */
+#define PAIR_SIZE (BLOCK_PAIR + 16) /* what runs off the end of either block goes behind both */
 #define ENTROPY_PADDING 2048       /* bytes; an MCU of six blocks reads less than 1,600 */
 
 typedef struct {
