@@ -1,7 +1,7 @@
 """The C code against hostile files, under address and undefined-behaviour sanitizers.
 
     make fuzz                                     FUZZ_SECONDS=60
-    python -m tests.fuzz.run --seconds 60 [--corpus DIR] [--planted]
+    python -m tests.fuzz.run --seconds 60 [--corpus DIR] [--planted [rows|pair]]
 
 clang's libFuzzer where it is installed (Debian: clang libclang-rt-14-dev llvm), else gcc and blind mutations. --planted
 puts an overflow into a copy of the sources, which the same command must find. The last line printed is one JSON object.
@@ -25,13 +25,24 @@ import numpy as np
 from PIL import Image, ImageFile
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("pipelines/reader/native", "pipelines/corpus/native")
+NATIVE = "pipelines/reader/native"
+FOLDERS = (NATIVE, "pipelines/corpus/native")
 SANITIZE = ["-g", "-O1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
-PLANTED = (  # Rows of luma in 4:2:0 are forgotten: its blocks are written past the end.
-    "pipelines/reader/native/decode.c",
-    "rows = (a->end_row - a->row) * p->v * p->block;",
-    "rows = (a->end_row - a->row) * p->block;",
-)
+PLANTED = {  # (file, what stands there, what is written in its place)
+    # Rows of luma in 4:2:0 are forgotten: its blocks are written past the end.
+    "rows": [
+        (
+            f"{NATIVE}/decode.c",
+            "rows = (a->end_row - a->row) * p->v * p->block;",
+            "rows = (a->end_row - a->row) * p->block;",
+        )
+    ],
+    # The place for runs off a block's end is there for the first block of a pair only.
+    "pair": [
+        (f"{NATIVE}/native.h", "#define PAIR_SIZE (BLOCK_PAIR + 16)", "#define PAIR_SIZE (BLOCK_PAIR + 8)"),
+        (f"{NATIVE}/entropy.c", "_Static_assert(BLOCK_PAIR + 8 < PAIR_SIZE,", "_Static_assert(BLOCK_PAIR < PAIR_SIZE,"),
+    ],
+}
 
 
 def seeds() -> Iterator[bytes]:
@@ -70,14 +81,13 @@ def seeds() -> Iterator[bytes]:
                     yield rng.bytes(10) + data.replace(b"\x22\x00", b"\x41\x00")  # 4:1:1
 
 
-def sources(planted: bool, folder: Path) -> list[Path]:
+def sources(planted: str | None, folder: Path) -> list[Path]:
     """All C files but the doors to Python, from a copy."""
     for name in FOLDERS:
         shutil.copytree(
             ROOT / name, folder / name, ignore=lambda _, names: [n for n in names if n[-2:] not in (".c", ".h")]
         )
-    if planted:
-        name, right, wrong = PLANTED
+    for name, right, wrong in PLANTED[planted] if planted else ():
         text = (folder / name).read_text()
         assert right in text, f"{name} has changed: plant the overflow elsewhere"
         (folder / name).write_text(text.replace(right, wrong))
@@ -130,7 +140,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--corpus", type=Path, help="keep what was found here, and go on from it")
-    parser.add_argument("--planted", action="store_true", help="an overflow in a copy of the sources must be found")
+    parser.add_argument(
+        "--planted", nargs="?", const="rows", choices=PLANTED, help="an overflow in a copy of the sources must be found"
+    )
     parser.add_argument("--no-coverage", action="store_true", help="do not build a second time to count lines")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="vit-fuzz-") as name:

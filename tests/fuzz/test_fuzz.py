@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.fuzz.run import PLANTED
+
 ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.skipif(
@@ -27,8 +29,9 @@ def fuzz(*flags: str) -> tuple[int, dict[str, Any]]:
     return done.returncode, json.loads(done.stdout.splitlines()[-1])
 
 
-def test_a_planted_overflow_is_found() -> None:
-    code, result = fuzz("--planted")
+@pytest.mark.parametrize("planted", PLANTED)
+def test_a_planted_overflow_is_found(planted: str) -> None:
+    code, result = fuzz("--planted", planted)
     assert code == 0, result
     assert "AddressSanitizer" in result["found"]
 

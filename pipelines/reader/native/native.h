@@ -49,9 +49,9 @@ int vit_read_header(const uint8_t *data, size_t size, vit_header *header);
 /* Entropy-coded data -------------------------------------------------------------------------------------------- */
 
 #define FAST_BITS 10
-#define BLOCK_PAIR 128             /* coefficients of two blocks, side by side: row r of both is at 16 r */
+#define BLOCK_PAIR 128              /* coefficients of two blocks, side by side: row r of both is at 16 r */
 #define PAIR_SIZE (BLOCK_PAIR + 16) /* what runs off the end of either block goes behind both */
-#define ENTROPY_PADDING 2048       /* bytes; an MCU of six blocks reads less than 1,600 */
+#define ENTROPY_PADDING 2048        /* bytes; an MCU of six blocks reads less than 1,600 */
 
 typedef struct {
     uint32_t fast[1 << FAST_BITS]; /* one symbol with its value */
@@ -107,7 +107,7 @@ void vit_grey_to_rgbx(const uint8_t *y, int n, uint8_t *out);
 /* Resampling ---------------------------------------------------------------------------------------------------- */
 
 typedef struct {
-    int size_in, size_out;
+    int size_out;
     int taps;         /* weights of one output, padded with 0 */
     int shift;        /* weights are fractions of 1 << shift */
     int32_t *start;   /* [size_out]: first input */

@@ -31,7 +31,6 @@ int vit_make_filter(vit_filter *filter, int size_in, int size_out, int cubic, in
     int most = (int)ceil(support) * 2 + 1;
     int taps = (most + multiple - 1) / multiple * multiple;
     size_t count = (size_t)size_out * (size_t)taps;
-    filter->size_in = size_in;
     filter->size_out = size_out;
     filter->taps = taps;
     filter->start = vit_grow(filter->start, &filter->start_capacity, (size_t)size_out * sizeof *filter->start);
