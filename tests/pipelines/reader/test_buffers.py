@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import tracemalloc
+from collections import deque
 
 import numpy as np
 import pytest
 
-from pipelines.reader.buffers import CLASS_BYTES, Buffers
+from pipelines.reader.buffers import CLASS_BYTES, KEPT_BYTES, Buffers
 
 SIZE = 3 * CLASS_BYTES - 5
 
@@ -54,3 +56,28 @@ def test_two_holders_never_share_memory() -> None:
     for number, array in enumerate(held):
         array[:] = number
     assert [int(array.max()) for array in held] == [0, 1, 2, 3]
+
+
+def test_what_is_kept_free_is_bounded_over_all_sizes() -> None:
+    """Pages of large photos differ in length: 24 sizes of 256 MiB each would be 6 GiB."""
+    buffers = Buffers()
+    held: deque[np.ndarray] = deque(maxlen=6)
+    sizes = np.random.default_rng(0).integers(2 * CLASS_BYTES, 24 * CLASS_BYTES, 600).tolist()
+    tracemalloc.start()
+    try:
+        for size in sizes:
+            held.append(buffers.take(size))
+            kept = tracemalloc.get_traced_memory()[0] - sum(map(len, held))
+            assert kept < KEPT_BYTES + 32 * CLASS_BYTES  # One came back since, and sizes are rounded up.
+    finally:
+        tracemalloc.stop()
+    assert kept > KEPT_BYTES / 2
+
+
+def test_a_buffer_above_the_bound_is_used_again_too() -> None:
+    buffers = Buffers()
+    first = buffers.take(KEPT_BYTES + 1)
+    where = address(first)
+    del first
+    gc.collect()
+    assert address(buffers.take(KEPT_BYTES + 2)) == where
