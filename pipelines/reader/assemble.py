@@ -99,9 +99,11 @@ class Assembler:
         self._ready = dict.fromkeys(lanes, 0)  # Rows that wait in each lane.
         self._next_k = dict.fromkeys(lanes, start * rows_per_lane)  # Position that must come next.
         self._versions: OrderedDict[str, str] = OrderedDict()
-        self._slots = threading.Semaphore(ahead)
+        self._slots: queue.SimpleQueue[None] = queue.SimpleQueue()  # Of it `put` may be called from anywhere.
+        for _ in range(ahead):
+            self._slots.put(None)
         self._steps: queue.SimpleQueue[Step | BaseException] = queue.SimpleQueue()
-        self._closing = threading.Event()
+        self._is_closing = False
         self._num_threads = num_threads
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode") if job is not None else None
         self._thread = threading.Thread(target=self._run, name="reader", daemon=True)
@@ -111,9 +113,7 @@ class Assembler:
 
     def next(self) -> Step:
         """The next step, complete."""
-        if not self._is_started:
-            self._is_started = True
-            self._thread.start()
+        self._begin()
         step = self._steps.get()
         if isinstance(step, BaseException):
             self._steps.put(step)
@@ -122,33 +122,42 @@ class Assembler:
             done = call.result()
             step.faults |= done.faults
             self.spent.cpu_seconds += done.cpu_seconds
-        self._slots.release()
+        self._slots.put(None)
         return step
+
+    def stop(self) -> None:
+        """Ask every thread to end. Takes no lock and waits for none: the garbage collector may be in any of them."""
+        self._is_closing = True
+        self._slots.put(None)
+        self._begin()  # Its end closes the backend.
 
     def close(self) -> None:
         """Stop reading; workers and memory are given back."""
-        self._closing.set()
-        self._slots.release()
-        if self._is_started:
-            self._thread.join(JOIN_SECONDS)
-        else:
-            self._rows.close()
+        self.stop()
+        self._thread.join(JOIN_SECONDS)
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _begin(self) -> None:
+        if not self._is_started:
+            self._is_started = True
+            self._thread.start()
 
     # The thread -----------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
             for number in range(self._start, self._stop):
-                self._slots.acquire()
-                if self._closing.is_set():
+                self._slots.get()
+                if self._is_closing:
                     raise OrderError("the stream was closed")  # For another thread that may wait in `next`.
                 self._steps.put(self._assemble(number))
         except BaseException as error:
             self._steps.put(error)
         finally:
             self._rows.close()
+            if self._pool is not None:
+                self._pool.shutdown(wait=False, cancel_futures=self._is_closing)
             for lane in self._waiting.values():
                 lane.clear()
 
@@ -158,7 +167,7 @@ class Assembler:
             wanted = max(0, min(wanted, self._num_rows - number * wanted))
         while any(ready < wanted for ready in self._ready.values()):
             self._take_in(number)
-            if self._closing.is_set():
+            if self._is_closing:
                 raise OrderError("the stream was closed")
         taken = [rows for lane in self._lanes for rows in self._take_out(lane, wanted)]
         size = self._rows_per_lane * len(self._lanes)

@@ -45,17 +45,6 @@ class ReaderStats:
 
         return {reason: self.bad[reason] for reason in (*get_args(Reason), *REASONS)}
 
-    def as_metrics(self) -> dict[str, float]:
-        """Flat numbers for telemetry."""
-        return {
-            "data/images": float(self.images),
-            "data/bad_images": float(sum(self.bad.values())),
-            **{f"data/bad/{reason}": float(count) for reason, count in sorted(self.bad.items())},
-            "data/pages": float(self.pages),
-            "data/bytes": float(self.bytes),
-            "time/data_wait": self.wait_seconds,
-        }
-
 
 class BatchStream:
     """Iterator of one rank's batches. Close it, or use it in a `with`, to stop reading early."""
@@ -100,8 +89,8 @@ class BatchStream:
             pinned=pinned,
             multi_label=multi_label,
         )
-        self._close = weakref.finalize(self, self._steps.close)
-        self._close.atexit = False  # Daemon threads end with the process.
+        self._stop = weakref.finalize(self, self._steps.stop)
+        self._stop.atexit = False  # Daemon threads end with the process.
 
     def __iter__(self) -> BatchStream:
         return self
@@ -136,7 +125,8 @@ class BatchStream:
     def close(self) -> None:
         """Stop reading; workers and memory are given back."""
         self._stop_step = min(self._stop_step, self._step)
-        self._close()
+        self._stop.detach()
+        self._steps.close()
 
     def stats(self) -> ReaderStats:
         """Counters so far; images and bad samples of the batches that were handed out."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+import threading
 from collections.abc import Generator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -126,3 +130,47 @@ def test_a_shard_that_two_tasks_saw_in_two_versions_is_an_error() -> None:
     first.versions, second.versions = (("s3://a/b.tar", "x"),), (("s3://a/b.tar", "y"),)
     with pytest.raises(FetchError, match=r"s3://a/b\.tar was replaced while it was read"):
         next(batches([first, second, piece(2, 0, ROWS)]))
+
+
+def test_a_dropped_stream_may_be_collected_by_its_own_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    dropped, closed = threading.Event(), threading.Event()
+
+    def rows() -> Generator[Rows, None, None]:
+        try:
+            yield from [piece(lane, 0, ROWS) for lane in range(LANES)]
+            assert dropped.wait(60)
+            gc.collect()
+            yield from [piece(lane, ROWS, ROWS) for lane in range(LANES)]
+        finally:
+            closed.set()
+
+    problems: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", problems.append)
+    stream = BatchStream(rows(), range(LANES), (1, 2, 2), rows_per_lane=ROWS, start_step=0, stop_step=STEPS)
+    next(stream)
+    gc.disable()  # In this thread.
+    try:
+        circle: list[Any] = [stream]
+        circle.append(circle)
+        del stream, circle
+        dropped.set()
+        assert closed.wait(60)
+    finally:
+        gc.enable()
+    assert not problems
+
+
+def test_a_stream_that_was_never_asked_closes_its_backend() -> None:
+    closed = threading.Event()
+
+    class Source:
+        def __next__(self) -> Rows:
+            raise AssertionError("nobody asked")
+
+        def close(self) -> None:
+            closed.set()
+
+    stream = BatchStream(Source(), range(LANES), (1, 2, 2), rows_per_lane=ROWS, start_step=0, stop_step=STEPS)
+    del stream
+    gc.collect()
+    assert closed.wait(60)
