@@ -65,14 +65,18 @@ def decode_pixels(data: bytes, channels: int, max_pixels: int) -> NDArray[np.uin
     import simplejpeg
     from PIL import Image, UnidentifiedImageError
 
-    faults = (
+    faults = (  # TypeError and the like come out of Pillow for damaged TIFF tags.
         OSError,
         ValueError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+        AssertionError,
         SyntaxError,
         EOFError,
         KeyError,
         IndexError,
-        OverflowError,
         struct.error,
         MemoryError,
     )

@@ -7,6 +7,7 @@ only the steps under way are held as pixels.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -129,12 +130,14 @@ class Assembler:
         """Stop reading; workers and memory are given back."""
         self._closing.set()
         self._slots.release()
-        if self._is_started:
-            self._thread.join(JOIN_SECONDS)
-        else:
+        if not self._is_started:
             self._rows.close()
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        with contextlib.suppress(RuntimeError):  # Of a thread that joins itself: it may be what collects the stream.
+            if self._is_started:
+                self._thread.join(JOIN_SECONDS)
+        with contextlib.suppress(RuntimeError):
+            if self._pool is not None:
+                self._pool.shutdown(wait=True, cancel_futures=True)
 
     # The thread -----------------------------------------------------------------------------------------------------
 

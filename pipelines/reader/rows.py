@@ -106,10 +106,6 @@ class Rows:
     def __len__(self) -> int:
         return len(self.sample_ids)
 
-    @property
-    def is_decoded(self) -> bool:
-        return not isinstance(self.images, list)
-
     def part(self, first: int, last: int) -> Rows:
         """Rows [first, last), as views; what was spent on the whole is not repeated."""
         return Rows(

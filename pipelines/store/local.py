@@ -65,6 +65,8 @@ def stat(uri: str) -> ObjectInfo:
         status = Path(uri).stat()
     except (FileNotFoundError, NotADirectoryError):
         raise NotFound(f"no such file: {uri}") from None
+    except OSError as error:
+        raise Unreadable(f"cannot read {uri}: {error.strerror or error}") from error
     return ObjectInfo(uri, status.st_size, etag_of(status))
 
 

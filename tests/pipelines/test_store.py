@@ -160,3 +160,10 @@ def test_a_store_that_fails_on_a_full_disk_is_told_apart_from_one_that_fails(
         store.write("s3://vit/a", b"x")
     said = "free some there, and run the same command again" if free < 1 << 30 else "the store failed at each try"
     assert said in str(caught.value)
+
+
+def test_a_file_that_cannot_even_be_asked_for_is_a_store_error(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for call in (store.stat, store.read):
+        with pytest.raises(store.Unreadable, match=r"cannot read .*loop"):
+            call(str(tmp_path / "loop"))

@@ -7,6 +7,7 @@ import gc
 import numpy as np
 import pytest
 
+import pipelines.reader.buffers as module
 from pipelines.reader.buffers import CLASS_BYTES, Buffers
 
 SIZE = 3 * CLASS_BYTES - 5
@@ -54,3 +55,13 @@ def test_two_holders_never_share_memory() -> None:
     for number, array in enumerate(held):
         array[:] = number
     assert [int(array.max()) for array in held] == [0, 1, 2, 3]
+
+
+def test_free_memory_of_all_sizes_together_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "KEPT_BYTES", 20 * CLASS_BYTES)
+    buffers = Buffers()
+    for size in [*range(2, 9), *range(9, 2, -1)] * 3:
+        held = [buffers.take(size * CLASS_BYTES) for _ in range(3)]
+        kept = sum(size * len(free) for size, free in buffers._free.items())
+        assert kept <= 20 * CLASS_BYTES
+        del held
