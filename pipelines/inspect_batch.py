@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["batch_figure", "main", "training_batch"]
 
 STAGES = ("pretrain", "finetune")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
 COLUMNS = 8
 MOST_SHARES = 2  # Classes named under one image.
 
@@ -57,6 +58,8 @@ def _own_flags(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     own, rest = parser.parse_known_args(words)
     if own.step < 0 or own.images < 1:
         raise RecipeError(f"--step {own.step}, --images {own.images}: a step from 0 on and at least one image")
+    if own.output.suffix.lower() not in PICTURES or own.output.is_dir():
+        raise RecipeError(f"--output {own.output}: a file whose name ends in one of {', '.join(PICTURES)}")
     return own, rest
 
 

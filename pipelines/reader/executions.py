@@ -26,6 +26,7 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from pipelines.reader.blocks import rows_of_table, table_of_pixels, tables_of_files
+from pipelines.reader.cache import CacheError
 from pipelines.reader.engines import EngineError
 from pipelines.reader.fetch import FetchError
 from pipelines.reader.order import OrderError
@@ -255,6 +256,12 @@ def check_cpus(num_cpus: float, world_size: int) -> None:
             f"the cluster has {total:g} CPUs, the training workers hold {held:g}: none is left for "
             f"a read task of {num_cpus:g}; give workers a smaller CPU share, lower the reader's num_cpus, or add nodes"
         )
+    largest = max((float(node["Resources"].get("CPU", 0.0)) for node in ray.nodes() if node["Alive"]), default=0.0)
+    if largest < num_cpus:
+        raise StarvedError(
+            f"no node has the {num_cpus:g} CPUs of a read task (the largest has {largest:g}); lower the reader's "
+            "num_cpus"
+        )
 
 
 def decodes_here(job: Job) -> bool:
@@ -272,7 +279,7 @@ def _own_error(error: BaseException) -> BaseException:
     seen: BaseException | None = error
     while seen is not None:
         for candidate in (getattr(seen, "cause", None), seen):  # RayTaskError keeps the worker's error as its cause.
-            for kind in (FetchError, SampleError, EngineError):
+            for kind in (FetchError, SampleError, EngineError, CacheError):
                 if isinstance(candidate, kind):
                     return kind(str(candidate).partition("\n")[0])  # Ray adds advice about retries in more lines.
         seen = seen.__cause__

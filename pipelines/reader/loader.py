@@ -164,6 +164,8 @@ def eval_batches(
     All ranks give the same number of batches of batch_size / world_size rows.
     """
     reader = reader or ReaderConfig()
+    if world_size < 1:
+        raise OrderError(f"world_size={world_size}: at least one worker reads")
     if batch_size < 1 or batch_size % world_size:
         raise OrderError(f"batch_size={batch_size} is not divisible by {world_size} workers; use a multiple")
     lanes_of_rank(world_size, rank, world_size)

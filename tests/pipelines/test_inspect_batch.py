@@ -99,6 +99,8 @@ def test_of_several_labels_two_are_named_and_the_others_counted(tmp_path: Path) 
         ([], "needs a recipe"),
         (["smoke/shard"], "no recipe that trains"),
         (["smoke/pretrain", "--step", "-1"], "--step -1"),
+        (["smoke/pretrain", "--output", "x.xyz"], "--output x.xyz"),
+        (["smoke/pretrain", "--output", "/tmp"], "--output /tmp"),
     ],
 )
 def test_what_cannot_be_inspected_is_refused(

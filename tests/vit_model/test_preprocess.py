@@ -138,6 +138,19 @@ def test_what_cannot_be_used_says_why_in_one_word(data, reason):
     assert pickle.loads(pickle.dumps(caught.value)).reason == reason
 
 
+def test_a_damaged_tiff_tag_is_an_undecodable_picture(monkeypatch):
+    """Pillow lets a TypeError out where a tag has another type than it expects."""
+    data = encode(Image.new("RGB", (9, 7)), "TIFF", compression="raw")
+
+    def fail(*_):
+        raise TypeError("'IFDRational' object cannot be interpreted as an integer")
+
+    monkeypatch.setattr("PIL.TiffImagePlugin.TiffImageFile.load", fail)
+    with pytest.raises(ImageError, match="IFDRational") as caught:
+        decode_image(data, 3)
+    assert caught.value.reason == "undecodable"
+
+
 def test_limits_hold_before_a_pixel_is_decoded():
     with pytest.raises(ImageError, match="36x24 px; the limit is 500 pixels") as caught:
         decode_image(encode(PHOTO), 3, max_pixels=500)

@@ -116,6 +116,8 @@ def trace(corpus: Corpus, reader: ReaderConfig, **changes: Any) -> list[tuple[in
 @pytest.mark.stack
 def test_ray_gives_the_batches_of_the_threads(corpus: Corpus, cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executions, "TASKS_PER_EXECUTION", 3)  # A chain of several executions.
+    monkeypatch.setattr(executions, "FEWEST_FILES", 20)
+    monkeypatch.setattr(executions, "FEWEST_ROWS", 20)
     whole = trace(corpus, LOCAL)
     for decode in ("here", "tasks"):
         assert trace(corpus, replace(RAY, decode=decode)) == whole  # type: ignore[arg-type]
@@ -173,3 +175,12 @@ def test_an_error_in_a_read_task_arrives_as_our_own(make_corpus: Callable[..., C
 def test_a_cluster_without_cpus_for_reading_is_refused_at_once(corpus: Corpus, cluster: None) -> None:
     with pytest.raises(StarvedError, match=r"none is left for a read task of 1000; give workers"):
         trace(corpus, ReaderConfig(backend="ray", num_cpus=1000))
+
+
+@pytest.mark.stack
+def test_cpus_in_pieces_too_small_for_a_read_task_are_refused(
+    corpus: Corpus, cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executions.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 0.5}}] * 2)
+    with pytest.raises(StarvedError, match=r"no node has the 1 CPUs of a read task \(the largest has 0\.5\)"):
+        trace(corpus, ReaderConfig(backend="ray", num_cpus=1))
