@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -20,13 +21,13 @@ from typing import Any
 import pyarrow as pa
 import ray
 import ray.data
+import ray.util
 from ray.data import ExecutionResources
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from pipelines.reader.blocks import rows_of_table, table_of_pixels, tables_of_files
-from pipelines.reader.cache import CacheError
 from pipelines.reader.engines import EngineError
 from pipelines.reader.fetch import FetchError
 from pipelines.reader.order import OrderError
@@ -246,21 +247,30 @@ def _read_files(job: FetchJob, windows: int, items: list[Item]) -> Iterator[pa.T
 
 
 def check_cpus(num_cpus: float, world_size: int) -> None:
-    """Refuse to start where the training workers hold every CPU."""
-    here = ray.get_runtime_context()
+    """Refuse to start where the training workers hold every CPU, or leave them in pieces too small for a read task."""
+    total = {node["NodeID"]: float(node["Resources"].get("CPU", 0.0)) for node in ray.nodes() if node["Alive"]}
+    held: Counter[str] = Counter()
+    for group in ray.util.placement_group_table().values():  # Ray Train's workers stand in one.
+        for number, bundle in group["bundles"].items() if group["state"] == "CREATED" else ():
+            held[group["bundles_to_node_id"][number]] += bundle.get("CPU", 0.0)
+    here, elsewhere = ray.get_runtime_context(), 0.0
     in_worker = here.worker.mode == ray.WORKER_MODE  # A driver holds no CPU, and must not be asked.
-    held = world_size * float(here.get_assigned_resources().get("CPU", 0.0)) if in_worker else 0.0
-    total = float(ray.cluster_resources().get("CPU", 0.0))
-    if total - held < num_cpus:
+    if in_worker and here.get_placement_group_id() is None:
+        own = float(here.get_assigned_resources().get("CPU", 0.0))
+        held[here.get_node_id()] += own
+        elsewhere = (world_size - 1) * own
+    check_left(num_cpus, total, held, elsewhere)
+
+
+def check_left(num_cpus: float, total: Mapping[str, float], held: Mapping[str, float], elsewhere: float = 0.0) -> None:
+    """`total`, `held`: CPUs by node; `elsewhere`: those held on nodes that are not known."""
+    left = [round(cpus - held.get(node, 0.0), 4) for node, cpus in total.items()]  # Ray counts in 1/10,000.
+    largest, most = max(left, default=0.0), sum(total.values())
+    if largest < num_cpus or sum(left) - elsewhere < num_cpus:
         raise StarvedError(
-            f"the cluster has {total:g} CPUs, the training workers hold {held:g}: none is left for "
-            f"a read task of {num_cpus:g}; give workers a smaller CPU share, lower the reader's num_cpus, or add nodes"
-        )
-    largest = max((float(node["Resources"].get("CPU", 0.0)) for node in ray.nodes() if node["Alive"]), default=0.0)
-    if largest < num_cpus:
-        raise StarvedError(
-            f"no node has the {num_cpus:g} CPUs of a read task (the largest has {largest:g}); lower the reader's "
-            "num_cpus"
+            f"the cluster has {most:g} CPUs, training workers and other jobs hold {most - sum(left) + elsewhere:g}, at "
+            f"most {largest:g} are left on one node: none is left for a read task of {num_cpus:g}; give workers a "
+            "smaller CPU share, lower the reader's num_cpus, or add nodes"
         )
 
 
@@ -279,7 +289,7 @@ def _own_error(error: BaseException) -> BaseException:
     seen: BaseException | None = error
     while seen is not None:
         for candidate in (getattr(seen, "cause", None), seen):  # RayTaskError keeps the worker's error as its cause.
-            for kind in (FetchError, SampleError, EngineError, CacheError):
+            for kind in (FetchError, SampleError, EngineError):
                 if isinstance(candidate, kind):
                     return kind(str(candidate).partition("\n")[0])  # Ray adds advice about retries in more lines.
         seen = seen.__cause__

@@ -6,6 +6,7 @@ one of the manifest, and errors name shard and byte. A page that cannot be had i
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -15,9 +16,11 @@ from typing import NamedTuple
 
 from pipelines import store
 from pipelines.reader.buffers import Buffers
-from pipelines.reader.cache import PageCache
+from pipelines.reader.cache import CacheError, PageCache
 
 __all__ = ["CacheConfig", "FetchError", "Page", "PageSpan", "fetch", "replaced"]
+
+log = logging.getLogger(__name__)
 
 SHARDS_KEPT = 4096  # ETags a process remembers, about 200 bytes each.
 LONGEST_READ = 32 << 20  # Bytes in one request, so that a lost connection loses little and memory stays bounded.
@@ -82,8 +85,13 @@ def fetch(spans: Sequence[PageSpan], cache: CacheConfig | None = None) -> list[P
 
 
 @lru_cache(maxsize=4)
-def _cache(config: CacheConfig) -> PageCache:
-    return PageCache(config.folder, config.max_bytes)
+def _cache(config: CacheConfig) -> PageCache | None:
+    """None, with one warning, on a node that cannot have the folder: a cache costs speed, never the run."""
+    try:
+        return PageCache(config.folder, config.max_bytes)
+    except CacheError as error:
+        log.warning("%s; this process reads without a cache", error)
+        return None
 
 
 def _read_kept(cache: PageCache, span: PageSpan) -> Page | None:

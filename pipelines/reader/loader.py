@@ -16,6 +16,7 @@ from pipelines.config import Strict, check_choices, how
 from pipelines.reader import order as law
 from pipelines.reader.assemble import RowSource
 from pipelines.reader.augment import AugmentConfig
+from pipelines.reader.cache import PageCache
 from pipelines.reader.device import DeviceBatches
 from pipelines.reader.engines import Wanted, choose
 from pipelines.reader.fetch import CacheConfig, PageSpan
@@ -164,11 +165,9 @@ def eval_batches(
     All ranks give the same number of batches of batch_size / world_size rows.
     """
     reader = reader or ReaderConfig()
-    if world_size < 1:
-        raise OrderError(f"world_size={world_size}: at least one worker reads")
+    lanes_of_rank(world_size, rank, world_size)
     if batch_size < 1 or batch_size % world_size:
         raise OrderError(f"batch_size={batch_size} is not divisible by {world_size} workers; use a multiple")
-    lanes_of_rank(world_size, rank, world_size)
     pages = corpus.pages(split)
     ends = np.cumsum(pages.rows, dtype=np.int64)
     total = int(ends[-1])
@@ -193,6 +192,8 @@ def eval_batches(
 
 def _fetch_job(corpus: Corpus, seed: int, reader: ReaderConfig) -> FetchJob:
     cache = CacheConfig(reader.cache, reader.cache_bytes) if reader.cache is not None else None
+    if cache is not None:
+        PageCache(cache.folder, cache.max_bytes)  # A wrong folder is told at the start; another node does without it.
     multi_label = corpus.head.multi_label
     return FetchJob(seed, len(corpus.class_names), corpus.reference, label_sources(corpus), cache, multi_label)
 

@@ -99,6 +99,8 @@ def check_lanes(lanes: int, batch_size: int, world_size: int) -> None:
 
 def lanes_of_rank(lanes: int, rank: int, world_size: int) -> range:
     """The lanes that rank r of W takes: l % W == r."""
+    if world_size < 1:
+        raise OrderError(f"world_size={world_size}: at least one worker reads")
     if not 0 <= rank < world_size:
         raise OrderError(f"rank={rank} is outside 0..{world_size - 1}")
     return range(rank, lanes, world_size)

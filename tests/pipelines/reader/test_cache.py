@@ -200,6 +200,26 @@ def test_a_full_disk_is_told_once_and_tried_again(
     assert held(cache, 1)
 
 
+def test_a_node_without_the_folder_reads_on_with_one_warning(
+    make_corpus: Callable[..., Corpus], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    corpus = make_corpus([picture(i) for i in range(40)])
+    folder = tmp_path / "cache"
+    reader = ReaderConfig(backend="local", cache=str(folder))
+    options: dict[str, Any] = dict(batch_size=8, seed=1, spec=GREY, augment=AugmentConfig(), total_steps=10, lanes=2)
+    fetch._cache.cache_clear()
+    stream = train_batches(corpus, reader=reader, **options)
+    folder.rmdir()
+    folder.write_text("")  # What another node would find.
+    assert len(list(stream)) == 10
+    told = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert told == [
+        f"cache={folder}: File exists; give a folder that can be written; this process reads without a cache"
+    ]
+    with pytest.raises(CacheError, match="File exists; give a folder"):  # Where the stream is opened it is an error.
+        train_batches(corpus, reader=reader, **options)
+
+
 @pytest.mark.parametrize("folder", ["", "  "])
 def test_a_cache_without_a_name_is_refused(folder: str) -> None:
     with pytest.raises(ValueError, match="names no folder"):

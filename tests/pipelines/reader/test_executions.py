@@ -17,7 +17,7 @@ from pipelines import store
 from pipelines.corpus.manifest import Corpus
 from pipelines.reader import blocks, executions
 from pipelines.reader.blocks import rows_of_table, table_of_pixels, tables_of_files
-from pipelines.reader.executions import StarvedError
+from pipelines.reader.executions import StarvedError, check_left
 from pipelines.reader.fetch import FetchError
 from pipelines.reader.loader import AugmentConfig, ReaderConfig, eval_batches, train_batches
 from pipelines.reader.rows import Rows
@@ -178,9 +178,37 @@ def test_a_cluster_without_cpus_for_reading_is_refused_at_once(corpus: Corpus, c
 
 
 @pytest.mark.stack
-def test_cpus_in_pieces_too_small_for_a_read_task_are_refused(
-    corpus: Corpus, cluster: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(executions.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 0.5}}] * 2)
-    with pytest.raises(StarvedError, match=r"no node has the 1 CPUs of a read task \(the largest has 0\.5\)"):
-        trace(corpus, ReaderConfig(backend="ray", num_cpus=1))
+def test_cpus_that_others_hold_are_not_counted(corpus: Corpus, cluster: None) -> None:
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    group = placement_group([{"CPU": ray.cluster_resources()["CPU"] - 0.25}])
+    try:
+        assert group.wait(60)
+        with pytest.raises(
+            StarvedError, match=r"at most 0\.25 are left on one node: none is left for a read task of 1;"
+        ):
+            trace(corpus, ReaderConfig(backend="ray"))
+        assert len(trace(corpus, RAY, total_steps=2)) == 2
+    finally:
+        remove_placement_group(group)
+
+
+@pytest.mark.parametrize(
+    ("held", "elsewhere", "is_enough"),
+    [
+        ({}, 0.0, True),
+        ({"a": 1.5, "b": 1.5}, 0.0, False),  # One CPU over two nodes.
+        ({"a": 1.0, "b": 2.0}, 0.0, True),
+        ({"a": 1.4 + 0.3 + 0.3 - 1.0, "b": 2.0}, 0.0, True),
+        ({"a": 1.0}, 2.0, True),
+        ({"a": 1.0}, 2.5, False),
+    ],
+)
+def test_a_read_task_needs_its_cpus_on_one_node(held: dict[str, float], elsewhere: float, is_enough: bool) -> None:
+    total = {"a": 2.0, "b": 2.0}
+    if is_enough:
+        check_left(1.0, total, held, elsewhere)
+    else:
+        with pytest.raises(StarvedError, match=r"the cluster has 4 CPUs, training workers and other jobs hold 3"):
+            check_left(1.0, total, held, elsewhere)

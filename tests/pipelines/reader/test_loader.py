@@ -162,6 +162,13 @@ def test_an_evaluation_batch_must_be_divisible(corpus: Corpus) -> None:
         eval_batches(corpus, split="test", batch_size=7, spec=GREY, world_size=2)
 
 
+def test_a_world_without_workers_is_refused(corpus: Corpus) -> None:
+    with pytest.raises(OrderError, match="world_size=0: at least one worker reads"):
+        eval_batches(corpus, split="test", batch_size=4, spec=GREY, world_size=0)
+    with pytest.raises(OrderError, match="world_size=0: at least one worker reads"):
+        stream(corpus, world_size=0)
+
+
 @pytest.mark.parametrize("evaluation", [False, True])
 def test_a_decoder_that_fails_by_its_own_fault_names_shard_and_key(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch, evaluation: bool

@@ -101,5 +101,5 @@ def test_killed_without_warning_and_resumed_at_other_world_sizes(corpus: Corpus,
 
 @pytest.mark.stack
 def test_the_same_on_ray(corpus: Corpus, whole: Trace, tmp_path: Path, stack: Endpoints) -> None:
-    kill_and_resume(corpus, tmp_path / "trace", "ray", [1, 2], seed=2)
+    kill_and_resume(corpus, tmp_path / "trace", "ray", [1, 3, 2, 4], seed=2)
     assert read(tmp_path / "trace") == whole
