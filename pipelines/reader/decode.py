@@ -179,15 +179,14 @@ def _decode_slowly(work: _Work, todo: NDArray[np.int64], mirrored: NDArray[np.bo
     for i in todo.tolist():
         try:
             pixels = decode_image(bytes(work.images[i]), work.spec.channels)  # (C, H, W)
+            size = np.array([pixels.shape[:0:-1]], np.int64)
+            _, x, y, width, height = work.crops(np.array([i]), size, np.zeros(1, np.bool_)).tolist()[0]
+            crop = pixels.numpy().transpose(1, 2, 0)[None, y : y + height, x : x + width]
+            work.put(i, wheels.resize(crop, work.spec)[0], mirrored)
         except ImageError as error:
             faults[int(work.places[i])] = (error.reason, str(error))
-            continue
         except Exception as error:
             raise DecoderError(int(work.places[i]), error) from error
-        size = np.array([pixels.shape[:0:-1]], np.int64)
-        _, x, y, width, height = work.crops(np.array([i]), size, np.zeros(1, np.bool_)).tolist()[0]
-        crop = pixels.numpy().transpose(1, 2, 0)[None, y : y + height, x : x + width]
-        work.put(i, wheels.resize(crop, work.spec)[0], mirrored)
     return faults
 
 

@@ -10,7 +10,6 @@ bytes are changed, cut out and put in at random. The last line printed is one JS
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
 import json
 import random
@@ -100,8 +99,8 @@ def verdicts(inputs: Iterable[bytes], until: float = float("inf")) -> Counter[st
         warnings.simplefilter("ignore")
         for data in inputs:
             try:
-                pixels = decode_image(data, 3, max_pixels=1 << 20)
-                counts["decoded" if pixels.dim() == 3 else "shape"] += 1
+                decode_image(data, 3, max_pixels=1 << 20)
+                counts["decoded"] += 1
             except ImageError as error:
                 counts[error.reason] += 1
             except Exception as error:
@@ -119,8 +118,7 @@ def main() -> int:
     until = time.monotonic() + arguments.seconds
     whole = verdicts(pictures())
     counts = sum((verdicts(sweep(data, len(data)), until) for data in seeds()), whole)
-    with contextlib.suppress(KeyboardInterrupt):
-        counts += verdicts(mutations(seeds(), arguments.seed), until)
+    counts += verdicts(mutations(seeds(), arguments.seed), until)
     print(json.dumps({"executions": counts.total(), "verdicts": dict(counts.most_common())}))
     return 0
 

@@ -182,5 +182,5 @@ def test_a_shard_that_can_neither_be_read_nor_asked_for_is_named(
     path = shard_path(corpus)
     path.unlink()
     path.symlink_to(path)
-    with pytest.raises(FetchError, match=rf"{path}: bytes 0 to .* cannot be read: .*Too many levels"):
+    with pytest.raises(FetchError, match=rf"{path}: bytes .* cannot be read: .*Too many levels"):
         list(stream(corpus, cache=str(tmp_path / "cache") if is_cached else None))
