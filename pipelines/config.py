@@ -61,7 +61,7 @@ def check_choices(values: object) -> None:
 
 
 @lru_cache
-def _choices(kind: type) -> dict[str, tuple[object, ...]]:
+def _choices(kind: Any) -> dict[str, tuple[object, ...]]:
     """The words that each field of type Literal, or Literal or None, may be."""
     found: dict[str, tuple[object, ...]] = {}
     for name, hint in typing.get_type_hints(kind).items():
