@@ -44,7 +44,7 @@ from tests.faults.reader_cases import (  # noqa: E402
     write_faults_corpus,
 )
 
-LIMIT_SECONDS = 40.0  # For one epoch of 48 small images; after that the reader hangs.
+LIMIT_SECONDS = 25.0  # For one epoch of 48 small images, which takes 1 to 3 s; after that the reader hangs.
 HANG = "error: hang"
 DAMAGED = 1  # Number of the tar that breaks.
 Reader = Callable[[Callable[[], object]], Outcome]

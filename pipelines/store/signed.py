@@ -172,8 +172,9 @@ def _server_error(response: Any) -> Exception:
 
     text = response.read(_ERROR_BYTES).decode(errors="replace")
     code, message = (re.search(f"<{tag}>([^<]*)</{tag}>", text) for tag in ("Code", "Message"))
-    error = {
+    parts = {
         "Code": code[1] if code else _SERVER_ERRORS[response.status],
         "Message": message[1] if message else f"status {response.status}",
     }
-    return ClientError({"Error": error}, "GetObject")
+    error: Exception = ClientError({"Error": parts}, "GetObject")
+    return error
