@@ -54,7 +54,8 @@ class Strict:
 
 def check_choices(values: object) -> None:
     """A dataclass that is made in Python has seen no pydantic: a misspelt word must not pass for another one."""
-    for name, choices in _choices(type(values)).items():
+    kind: Any = type(values)
+    for name, choices in _choices(kind).items():
         if (value := getattr(values, name)) not in choices:
             raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -249,7 +249,7 @@ def _read_files(job: FetchJob, windows: int, items: list[Item]) -> Iterator[pa.T
 def check_cpus(num_cpus: float, world_size: int) -> None:
     """Refuse to start where the training workers hold every CPU, or leave them in pieces too small for a read task."""
     total = {node["NodeID"]: float(node["Resources"].get("CPU", 0.0)) for node in ray.nodes() if node["Alive"]}
-    held: Counter[str] = Counter()
+    held: defaultdict[str, float] = defaultdict(float)
     for group in ray.util.placement_group_table().values():  # Ray Train's workers stand in one.
         for number, bundle in group["bundles"].items() if group["state"] == "CREATED" else ():
             held[group["bundles_to_node_id"][number]] += bundle.get("CPU", 0.0)
