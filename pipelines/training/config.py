@@ -309,6 +309,13 @@ class WorkerConfig(Strict):
     resize_seconds: float = how(default=60.0)  # Of a range: a group works for so long before it makes way for a larger.
     log_every_steps: int = how(default=20)  # Steps between two points in the curves.
     hang_seconds: float | None = how(default=900.0)  # A worker without a step for so long writes its stacks and ends.
+    node_load_seconds: float | None = how(default=10.0)  # Between two points of each node's load; null: none.
+    dollars_per_hour: float | None = how(
+        default=None
+    )  # Of one worker; null: the list price of a known GPU, else no cost.
+    peak_tflops: float | None = how(
+        default=None
+    )  # Of one device, for mfu; null: a known GPU's data sheet, else no mfu.
 
     def __post_init__(self) -> None:
         if self.hang_seconds is not None and not self.hang_seconds > 0:
@@ -319,6 +326,10 @@ class WorkerConfig(Strict):
             raise ValueError(f"count={self.count} workers cannot train; give 1 or more, or null to choose")
         if self.resize_seconds < 0:
             raise ValueError(f"resize_seconds={self.resize_seconds} is below 0; 60 is usual")
+        for name in ("node_load_seconds", "dollars_per_hour", "peak_tflops"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value} is not above 0; null leaves it out")
         if self.log_every_steps < 1:
             raise ValueError(f"log_every_steps={self.log_every_steps} is less than one step; 20 is usual")
 

@@ -68,7 +68,12 @@ def train_worker(config: dict[str, Any]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     node = ray.get_runtime_context().get_node_id()
     build_session(
-        job, Ranks.current(device), context.get_local_world_size(), node=node, watch=config.get("watch")
+        job,
+        Ranks.current(device),
+        context.get_local_world_size(),
+        node=node,
+        reads_node=context.get_local_rank() == 0,
+        watch=config.get("watch"),
     ).run()
 
 

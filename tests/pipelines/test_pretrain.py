@@ -149,3 +149,53 @@ def test_cut_over_two_workers_with_teacher_average_and_best_weights(stack: Any, 
     }
     assert layouts == {2}
     assert pretrain.run(given).reused
+
+
+@pytest.mark.stack
+def test_every_window_tells_speed_memory_time_left_cost_and_the_load_of_the_node(stack: Any, colours: str) -> None:
+    """On a CPU the device's peak and its price are the recipe's; what a GPU has of its own is told apart."""
+    from mlflow.tracking import MlflowClient
+
+    result = pretrain.run(
+        recipe(
+            colours,
+            seed=3,
+            workers={
+                "count": 2,
+                "log_every_steps": 5,
+                "node_load_seconds": 0.2,
+                "dollars_per_hour": 2.0,
+                "peak_tflops": 0.1,
+            },
+        )
+    )
+    client = MlflowClient()
+    assert result.run_id is not None
+    logged = client.get_run(result.run_id).data.metrics
+    every_window = {
+        "images_per_second",
+        "mfu",
+        "time/data_wait",
+        "time/step",
+        "memory/peak_gib",
+        "grad_norm",
+        "lr",
+        "exaflops",
+        "eta_seconds",
+        "cost/dollars",
+        "cost/estimated_dollars",
+    }
+    assert every_window <= logged.keys()
+    for name in every_window:
+        assert [point.step for point in client.get_metric_history(result.run_id, name)] == list(range(5, 61, 5)), name
+    assert logged["eta_seconds"] == 0 and logged["cost/estimated_dollars"] == logged["cost/dollars"] > 0
+    assert 0 < logged["mfu"] < 1 and logged["memory/peak_gib"] > 0.05
+    assert client.get_metric_history(result.run_id, "time/checkpoint")
+    loads = {name for name in logged if name.startswith("system/")}
+    assert len({name.split("/")[1] for name in loads}) == 1, "both workers are on one node, which is told once"
+    kinds = {name.split("/")[2] for name in loads}
+    assert {"cpu_utilization_percentage", "system_memory_usage_megabytes", "disk_usage_percentage"} <= kinds
+    assert {"network_receive_megabytes_per_second", "network_transmit_megabytes_per_second"} <= kinds
+    steps = [point.step for point in client.get_metric_history(result.run_id, sorted(loads)[0])]
+    assert steps == sorted(set(steps)), "points in order, none twice"
+    assert not [name for name in result.metrics if name.startswith("system/")]

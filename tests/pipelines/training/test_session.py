@@ -185,7 +185,7 @@ def test_lanes_come_from_the_checkpoint_whatever_the_new_start_would_choose(plac
         session(place.attempt(1), until=kill_at(11)).run()
     again = session(place.attempt(2), lanes=8, window_pages=2)
     again.run()
-    assert (again._order["lanes"], again._order["window_pages"]) == (4, 4)
+    assert (again._order.fields["lanes"], again._order.fields["window_pages"]) == (4, 4)
 
 
 def test_again_starts_from_the_beginning(place: Place) -> None:
@@ -334,7 +334,7 @@ def test_another_order_of_images_is_refused(place: Place) -> None:
     with pytest.raises(Killed):
         session(place.attempt(1), until=kill_at(11)).run()
     one = session(place.attempt(2))
-    one._order["corpus"] = "other"
+    one._order.fields["corpus"] = "other"
     with pytest.raises(identity.CannotResume, match="another order of images"):
         one.run()
     assert place.read(2, OUTCOME)["begin_anew"]
@@ -355,8 +355,8 @@ def test_another_decode_engine_in_the_middle_of_a_run_is_refused(place: Place) -
 
 def test_a_checkpoint_of_before_engines_and_windows_were_kept_is_taken(place: Place) -> None:
     one = session(place.attempt(1))
-    one._order.pop("window_pages")
-    whole = one._saves._checkpoints.save(5, one.state.tensors(), {"order": one._order, "curves": []})
+    one._order.fields.pop("window_pages")
+    whole = one._saves._checkpoints.save(5, one.state.tensors(), {"order": one._order.fields, "curves": []})
     seen: list[int] = []
     session(place.attempt(2), until=seen.append).run()
     assert seen[0] == whole.step == 5
