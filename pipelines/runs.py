@@ -41,7 +41,14 @@ class Run:
         return store.join(self.place, "attempts", str(max(self.attempts, default=1)))
 
     def result(self) -> dict[str, Any] | None:
-        return dict(store.read_json(store.join(self.place, "result.json"))) if "result.json" in self.names else None
+        """None: it has none yet. Raises StoreError if what lies there is no result."""
+        if "result.json" not in self.names:
+            return None
+        uri = store.join(self.place, "result.json")
+        record = store.read_json(uri)
+        if not _is_result(record):
+            raise store.StoreError(f"{uri} is no result; delete it and run the same command again")
+        return dict(record)
 
     def progress(self) -> dict[str, Any]:
         try:
@@ -87,7 +94,12 @@ def lines(found: Sequence[Run], now: float | None = None) -> Iterator[str]:
     width = max((len(run.stage) for run in found), default=0)
     for run in found:
         head = f"{run.stage:<{width}}  {run.digest[:12]}"
-        if record := run.result():
+        try:
+            record = run.result()
+        except store.StoreError as error:
+            yield f"{head}  damaged     {error}"
+            continue
+        if record:
             made = f"{_ago(now - float(record.get('started', now)))} ago, {float(record.get('seconds', 0)):.0f} s"
             yield f"{head}  finished    {made}  {_shown(record['result'].get('metrics', {}))}".rstrip()
             continue
@@ -178,6 +190,15 @@ def main(arguments: Sequence[str], prepare: Callable[[], None] = lambda: None) -
     for line in tail(chosen[0]) if verb == "tail" else compare(*chosen):
         say(line)
     return 0
+
+
+def _is_result(record: Any) -> bool:
+    """Whether it has the parts that a list of runs shows; `identity.run_stage` writes no other."""
+    if not isinstance(record, dict) or not isinstance(record.get("result"), dict):
+        return False
+    metrics = record["result"].get("metrics", {})
+    times = [record[name] for name in ("started", "seconds") if name in record]
+    return isinstance(metrics, dict) and all(isinstance(value, int | float) for value in [*metrics.values(), *times])
 
 
 def _shown(metrics: dict[str, float]) -> str:
