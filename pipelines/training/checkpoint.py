@@ -38,6 +38,7 @@ STATE = "state.json"
 MANIFEST = "manifest.json"
 PART_SECONDS = 600.0  # That the first part waits for the others.
 NICE = 10  # Added for the thread that uploads: a tenth of a core that training wants too.
+WHOLE_NUMBERS = ("lanes", "window_pages")  # Of the order: what the driver plans with before any tensor is loaded.
 MAX_JSON_BYTES = 16 << 20  # A manifest is some hundred bytes; more is not ours.
 
 
@@ -85,6 +86,7 @@ class Checkpoints:
     def __init__(self, place: Place, keep: int = 2, part: Part = WHOLE) -> None:
         """`part`: of the cut tensors, what this rank holds: what it saves, and what it has loaded."""
         self.place, self.keep, self.part = place, keep, part
+        self._refused: set[str] = set()  # Seen not to be whole: none of the `keep` that stay.
         self._pattern = re.compile(rf"{re.escape(place.root)}/attempts/(\d+)/checkpoints/(\d+)/([^/]+)$")
 
     def found(self) -> list[Found]:
@@ -114,12 +116,16 @@ class Checkpoints:
         return None
 
     def newest_state(self) -> dict[str, Any]:
-        """state.json of the newest checkpoint, as it stands; empty if there is none to read."""
-        for found in self.found()[:1]:
+        """state.json of the newest checkpoint that has one as its manifest says; empty if there is none.
+
+        Its tensors are not looked at: where they are torn, the one before is of the same order and engine.
+        """
+        for found in self.found():
             try:
-                return dict(store.read_json(store.join(found.uri, STATE)))
-            except (store.StoreError, TypeError, ValueError):
-                break
+                with tempfile.TemporaryDirectory(prefix="vit-state-") as folder:
+                    return self._state(found, self._manifest(found), Path(folder))
+            except CheckpointError as error:
+                log.warning("%s; looking at the one before", error)
         return {}
 
     def at(self, attempt: int, step: int) -> Loaded:
@@ -128,26 +134,42 @@ class Checkpoints:
 
     def load(self, found: Found) -> Loaded:
         """Download what this part needs and verify it; raises CheckpointError."""
+        try:
+            return self._load(found)
+        except CheckpointError:
+            self.refuse(found)
+            raise
+
+    def refuse(self, found: Found) -> None:
+        """It is not whole, as this or another rank has seen: it is no longer one of the `keep`."""
+        self._refused.add(found.uri)
+
+    def _load(self, found: Found) -> Loaded:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         manifest = self._manifest(found)
         with tempfile.TemporaryDirectory(prefix="vit-checkpoint-") as folder:
-            path = self._verified(found, STATE, manifest[STATE], Path(folder))
-            state = _parse(path.read_bytes(), store.join(found.uri, STATE))
+            state = self._state(found, manifest, Path(folder))
             layout = _layout(state, manifest, found)
             files = {index: layout.file_name(index) for index in layout.needed(self.part)}
             paths = {index: self._verified(found, name, manifest[name], Path(folder)) for index, name in files.items()}
             try:
                 read = {index: load_file(path) for index, path in paths.items()}
                 tensors = {name: tensor.clone() for name, tensor in layout.join(read, self.part).items()}
-            except (SafetensorError, OSError, ValueError, KeyError) as error:
+            except (SafetensorError, OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
                 raise CheckpointError(f"the tensors of {found.uri} are not safetensors as written ({error})") from None
-        if state.get("step") != found.step:
-            raise CheckpointError(
-                f"{store.join(found.uri, STATE)} says step {state.get('step')}, its place {found.step}"
-            )
         return Loaded(found, tensors, state)
+
+    def _state(self, found: Found, manifest: Mapping[str, Mapping[str, Any]], folder: Path) -> dict[str, Any]:
+        uri = store.join(found.uri, STATE)
+        state = _parse(self._verified(found, STATE, manifest[STATE], folder).read_bytes(), uri)
+        if state.get("step") != found.step:
+            raise CheckpointError(f"{uri} says step {state.get('step')}, its place {found.step}")
+        order = state.get("order", {})
+        if not isinstance(order, dict) or not all(isinstance(order.get(name, 1), int) for name in WHOLE_NUMBERS):
+            raise CheckpointError(f"{uri} says nothing of the order of images that could be gone on with")
+        return state
 
     def _manifest(self, found: Found) -> dict[str, dict[str, Any]]:
         uri = store.join(found.uri, MANIFEST)
@@ -155,8 +177,8 @@ class Checkpoints:
             if store.stat(uri).size > MAX_JSON_BYTES:
                 raise CheckpointError(f"{uri} is too large for a manifest")
             manifest = _parse(store.read(uri), uri)
-        except store.NotFound:
-            raise CheckpointError(f"{uri} is missing") from None
+        except (store.NotFound, store.Unreadable) as error:
+            raise CheckpointError(_not_there(uri, error)) from None
         if manifest.get("format") != FORMAT:
             raise CheckpointError(f"{uri} has format {manifest.get('format')!r}, this code reads {FORMAT}")
         if manifest.get("digest") != self.place.digest or manifest.get("step") != found.step:
@@ -170,8 +192,8 @@ class Checkpoints:
         uri = store.join(found.uri, name)
         try:
             path = store.download(uri, folder / name)
-        except store.NotFound:
-            raise CheckpointError(f"{uri} is missing") from None
+        except (store.NotFound, store.Unreadable) as error:
+            raise CheckpointError(_not_there(uri, error)) from None
         size = path.stat().st_size
         if size != wanted.get("size"):
             raise CheckpointError(f"{uri} has {size} bytes, its manifest says {wanted.get('size')}")
@@ -195,6 +217,7 @@ class Checkpoints:
         from safetensors.torch import save_file
 
         found = Found(self._uri(self.place.number, step), step, self.place.number)
+        self._refused.discard(found.uri)
         layout = Layout(self.part.count, rows or {})
         with tempfile.TemporaryDirectory(prefix="vit-checkpoint-") as folder:
             path = Path(folder) / layout.file_name(self.part.index)
@@ -250,8 +273,8 @@ class Checkpoints:
             if any(store.stat(store.join(newest.uri, name)).size != size for name, size in sizes.items()):
                 log.warning("%s does not stand in the store as it was written; older checkpoints stay", newest.uri)
                 return
-            committed = self.found()
-            kept = {found.uri for found in committed[: self.keep]} | {newest.uri}
+            good = [found for found in self.found() if found.uri not in self._refused]
+            kept = {found.uri for found in good[: self.keep]} | {newest.uri}
             for found, names in list(self._listed()):
                 # A folder without manifest is an upload in progress if it is ours and newer, else an orphan.
                 if found.uri in kept or (found.attempt == newest.attempt and found.step > newest.step):
@@ -322,11 +345,15 @@ def _layout(state: Mapping[str, Any], manifest: Mapping[str, Any], found: Found)
     """The layout that the state tells; the manifest must list exactly its files."""
     try:
         layout = Layout.from_json(state.get("layout", {"files": 1}))
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{store.join(found.uri, STATE)}: {error}") from None
     if set(manifest) != {STATE, *(layout.file_name(index) for index in range(layout.files))}:
         raise CheckpointError(f"the manifest of {found.uri} does not list {STATE} and {layout.files} files of tensors")
     return layout
+
+
+def _not_there(uri: str, error: store.StoreError) -> str:
+    return f"{uri} is missing" if isinstance(error, store.NotFound) else str(error)
 
 
 def _parse(data: bytes, uri: str) -> dict[str, Any]:

@@ -106,7 +106,7 @@ class DistillConfig(Strict):
             raise ValueError(
                 f"weight={self.weight} is outside 0 < w <= 1; leave distill out to learn from labels alone"
             )
-        if not self.temperature > 0:
+        if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature={self.temperature} is not above 0; 1 leaves the probabilities as they are")
         if self.target == "hard" and self.temperature != 1.0:
             raise ValueError(f"temperature={self.temperature} has no effect with target: hard; remove it")
@@ -194,8 +194,8 @@ class TrainConfig(Strict):
             raise ValueError(f"batch_size={self.batch_size} is less than one image; give 1 or more")
         if (self.epochs is None) == (self.total_steps is None):
             raise ValueError(f"epochs={self.epochs} and total_steps={self.total_steps}: give exactly one of them")
-        if self.epochs is not None and not self.epochs > 0:
-            raise ValueError(f"epochs={self.epochs} trains nothing; give a number above 0")
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise ValueError(f"epochs={self.epochs} is no number of epochs to train for; give a number above 0")
         if self.total_steps is not None and self.total_steps < 1:
             raise ValueError(f"total_steps={self.total_steps} trains nothing; give 1 or more")
         if not 0 <= self.label_smoothing < 1:
@@ -241,6 +241,8 @@ class ValidationConfig(Strict):
     def __post_init__(self) -> None:
         if self.every_epochs is not None and not self.every_epochs > 0:
             raise ValueError(f"every_epochs={self.every_epochs} is not above 0; null validates only at the end")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size} is less than one image; 500 is usual")
         if self.best is not None and self.split is None:
             raise ValueError("best needs a split to measure on; set split, or leave best out")
         if self.best is not None and self.every_epochs not in (None, 1.0):
@@ -324,6 +326,10 @@ class WorkerConfig(Strict):
             raise ValueError(f"count={list(self.count)} is no range of workers; give [fewest, most], as in [1, 8]")
         if isinstance(self.count, int) and self.count < 1:
             raise ValueError(f"count={self.count} workers cannot train; give 1 or more, or null to choose")
+        if self.max_failures < 0:
+            raise ValueError(f"max_failures={self.max_failures} is negative; 0 starts the workers once")
+        if not 0 <= self.cpus < math.inf:
+            raise ValueError(f"cpus={self.cpus} is no number of CPUs; 0.05 is usual on one machine")
         if self.resize_seconds < 0:
             raise ValueError(f"resize_seconds={self.resize_seconds} is below 0; 60 is usual")
         for name in ("node_load_seconds", "dollars_per_hour", "peak_tflops"):

@@ -76,7 +76,13 @@ def build_optimizers(
             built = (ScheduleFreeAdamW(groups, config.peak_lr, config.betas, config.eps, config.weight_decay),)
         case MuonAdamW():
             built = (
-                Muon([{"params": list(matrices.values())}], config.peak_lr, config.momentum, config.weight_decay),
+                Muon(
+                    [{"params": list(matrices.values())}],
+                    config.peak_lr,
+                    config.momentum,
+                    config.weight_decay,
+                    fused=[matrix for name, matrix in matrices.items() if name.endswith(".qkv.weight")],
+                ),
                 torch.optim.AdamW(groups, lr=config.adamw_lr, betas=config.betas, eps=config.eps, fused=True),
             )
     for optimizer in built:

@@ -69,6 +69,8 @@ class Saves:
             refused = self.ranks.sum(torch.tensor(float(loaded is None), device=self.ranks.device))
             if not refused:
                 return loaded
+            if proposed is not None:  # Rank 0, which sweeps: a part that another rank misses is missing for all.
+                self._checkpoints.refuse(proposed)
 
     def wanted(self) -> bool:
         """By the clock of rank 0, where the others hold a part of the checkpoint and must save the same step."""

@@ -112,6 +112,9 @@ def read_outcome(attempt: Attempt, failure: BaseException | None) -> Outcome:
     try:
         left = store.read_json(store.join(attempt.uri, OUTCOME))
     except store.NotFound:
+        cause = getattr(failure, "controller_failure", None) or failure
+        if isinstance(cause, TrainingError | CannotResume):
+            raise cause from None  # Final, from a rank that got no further than its start.
         raise GroupLost(_explain(failure) if failure else "the workers ended and left no result") from failure
     if error := left.get("error"):
         raise (CannotResume if left.get("begin_anew") else TrainingError)(error)

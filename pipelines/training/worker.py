@@ -64,14 +64,18 @@ def train_worker(config: dict[str, Any]) -> None:
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32.
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     node = ray.get_runtime_context().get_node_id()
-    build_session(
-        job,
-        Ranks.current(device),
-        context.get_local_world_size(),
-        node=node,
-        reads_node=context.get_local_rank() == 0,
-        watch=config.get("watch"),
-    ).run()
+    try:
+        session = build_session(
+            job,
+            Ranks.current(device),
+            context.get_local_world_size(),
+            node=node,
+            reads_node=context.get_local_rank() == 0,
+            watch=config.get("watch"),
+        )
+    except ValueError as error:  # What the recipe asks for cannot be built, on any later try no more than on this.
+        raise TrainingError(str(error)) from error
+    session.run()
 
 
 # The driver ---------------------------------------------------------------------------------------------------------

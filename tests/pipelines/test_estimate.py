@@ -100,3 +100,28 @@ def test_a_finetune_without_weights_or_model_cannot_be_estimated() -> None:
     recipe = load_recipe(FinetuneRecipe, "finetune/cifar10")
     with pytest.raises(ValueError, match="give --weights, or model"):
         estimate(recipe, Size(50_000, 10), HARDWARE["h100"], 1, 0.4, None)
+
+
+def test_what_makes_a_step_longer_makes_it_dearer() -> None:
+    def seconds(**options: object) -> float:
+        changes = {f"train.{name}": value for name, value in options.items()}
+        recipe = load_recipe(PretrainRecipe, "pretrain/vit_b16_imagenet", changes)
+        return estimate(recipe, Size(*KNOWN["imagenet"]), HARDWARE["h100"], 8, 0.45, None).step_seconds
+
+    assert seconds(activation_checkpointing=True) == pytest.approx(seconds() * 4 / 3)
+    assert seconds(precision="fp32") == pytest.approx(seconds() * 2)
+
+
+def test_hsdp_holds_a_copy_on_each_node_of_eight() -> None:
+    def state(devices: int, **parallel: object) -> float:
+        changes = {f"parallel.{name}": value for name, value in parallel.items()}
+        recipe = load_recipe(PretrainRecipe, "pretrain/vit_b16_imagenet", changes)
+        return estimate(recipe, Size(*KNOWN["imagenet"]), HARDWARE["h100"], devices, 0.45, None).state_gib
+
+    assert state(64, kind="hsdp") == state(8, kind="fsdp") > state(64, kind="fsdp")
+
+
+@pytest.mark.parametrize("words", [["--images", "0.5"], ["--classes", "2.5"], ["--price", "inf"]])
+def test_half_an_image_is_no_number_of_images(words: list[str]) -> None:
+    with pytest.raises(RecipeError, match="is no such number"):
+        main(["pretrain/vit_b16_imagenet", *words])

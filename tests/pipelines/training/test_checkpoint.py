@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from threading import get_native_id
+from typing import Any
 
 import pytest
 import torch
@@ -200,3 +202,72 @@ def test_the_thread_that_uploads_yields_to_training_and_training_stays_as_it_was
     saver.wait()
     assert seen == [min(19, before + 10)]
     assert os.getpriority(os.PRIO_PROCESS, get_native_id()) == before
+
+
+def test_a_torn_checkpoint_is_none_of_those_that_stay(place: Place) -> None:
+    """Torn at 200, resumed from 100: two good ones must survive the next torn one."""
+    save(place, 100, 200)
+    truncate(path_of(place, 200, TENSORS))
+    second = Checkpoints(Place(place.root, number=2), keep=2)
+    loaded = second.newest()
+    assert loaded is not None and loaded.found.step == 100
+    for step in (110, 120, 130):
+        second.save(step, tensors(step), {"seed": 1})
+    assert [(found.step, found.attempt) for found in second.found()] == [(130, 2), (120, 2)]
+    second.save(200, tensors(200), {"seed": 1})
+    assert [found.step for found in second.found()] == [200, 130]
+
+
+def test_what_another_rank_found_torn_does_not_count_either(place: Place) -> None:
+    checkpoints = save(place, 100, 200, keep=2)
+    checkpoints.refuse(checkpoints.found()[0])
+    checkpoints.save(110, tensors(110), {"seed": 1})
+    assert {found.step for found in checkpoints.found()} >= {100, 110}
+
+
+def rewrite(place: Place, step: int, change: Callable[[dict[str, Any]], None]) -> None:
+    """Another state, with a manifest that fits it."""
+    path = path_of(place, step, STATE)
+    state = json.loads(path.read_text())
+    change(state)
+    path.write_text(json.dumps(state))
+    manifest = json.loads(path_of(place, step, MANIFEST).read_text())
+    data = path.read_bytes()
+    manifest["files"][STATE] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    path_of(place, step, MANIFEST).write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("rows", [[1], float("inf"), -5, 0, 10**18, True, "3", None, 7], ids=str)
+def test_rows_that_no_checkpoint_of_ours_has_are_passed_over(place: Place, rows: Any) -> None:
+    checkpoints = save(place, 10, 20)
+    rewrite(place, 20, lambda state: state["layout"].update(rows={"model/a": rows}))
+    loaded = checkpoints.newest()
+    assert loaded is not None and loaded.found.step == 10
+
+
+def test_a_number_that_is_said_to_be_cut_is_passed_over(place: Place) -> None:
+    checkpoints = save(place, 10, 20)
+    rewrite(place, 20, lambda state: state["layout"].update(rows={"optimizer/a/step": 3}))
+    loaded = checkpoints.newest()
+    assert loaded is not None and loaded.found.step == 10
+
+
+def test_a_link_that_leads_nowhere_is_passed_over(place: Place) -> None:
+    checkpoints = save(place, 10, 20)
+    path = path_of(place, 20, TENSORS)
+    path.unlink()
+    path.symlink_to(path.name)  # To itself.
+    loaded = checkpoints.newest()
+    assert loaded is not None and loaded.found.step == 10
+
+
+@pytest.mark.parametrize("order", [None, [1], {"lanes": "x"}, {"lanes": [1]}], ids=str)
+def test_the_driver_plans_with_the_newest_state_that_can_be_gone_on_with(place: Place, order: Any) -> None:
+    checkpoints = Checkpoints(place, keep=9)
+    for step in (10, 20):
+        checkpoints.save(step, tensors(step), {"order": {"lanes": 4}, "engine": f"at {step}"})
+    assert checkpoints.newest_state()["engine"] == "at 20"
+    rewrite(place, 20, lambda state: state.update(order=order))
+    assert checkpoints.newest_state() == {**checkpoints.newest_state(), "order": {"lanes": 4}, "engine": "at 10"}
+    truncate(path_of(place, 10, STATE))
+    assert checkpoints.newest_state() == {}
