@@ -162,8 +162,8 @@ def _model(recipe: Any) -> ModelConfig:
 
     if recipe.weights is None:
         raise ValueError(
-            "the size of the model is in its weights: give --weights, or model: {variant: B/16} in a recipe of your own,"
-            " to train from scratch"
+            "the size of the model is in its weights: give --weights, or model: {variant: B/16} in a recipe of your"
+            " own, to train from scratch"
         )
     with tempfile.TemporaryDirectory(prefix="vit-estimate-") as folder:
         config, _, _ = read_specs(fetch_weights(recipe.weights, Path(folder)).path)

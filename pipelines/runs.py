@@ -77,9 +77,9 @@ def find(stage: str | None = None) -> list[Run]:
 
 def find_one(prefix: str) -> Run:
     """The run whose digest begins so; RecipeError if there is none, or more than one."""
-    wanted = prefix.rpartition("/")[2].rpartition("-a")[0] or prefix.rpartition("/")[2]
-    wanted = wanted.rpartition("-")[2]  # "pretrain-0123456789ab-a2", as logs name a run.
-    fitting = [run for run in find() if run.digest.startswith(wanted)] if re.fullmatch("[0-9a-f]{4,64}", wanted) else []
+    # "0123", "pretrain-0123456789ab-a2" as logs name a run, or the end of its place.
+    wanted = re.fullmatch(r"(?:[a-z]+-)?([0-9a-f]{4,64})(?:-a\d+(?:-r\d+)?)?", prefix.rpartition("/")[2])
+    fitting = [run for run in find() if run.digest.startswith(wanted[1])] if wanted else []
     if len(fitting) == 1:
         return fitting[0]
     if not fitting:
@@ -118,8 +118,10 @@ def tail(run: Run, follow: Callable[[], None] = lambda: time.sleep(EVERY_SECONDS
     seen, last = 0, None
     while True:
         progress = run.progress()
-        yield from progress.get("notes", ())[seen:]
-        seen = len(progress.get("notes", ()))
+        notes = progress.get("notes", ())
+        noted = int(progress.get("noted", len(notes)))  # The oldest are not kept.
+        yield from notes[max(0, len(notes) - (noted - seen)) :] if noted >= seen else notes
+        seen = noted
         if progress.get("step") != last and "step" in progress:
             last = progress["step"]
             yield f"step {last:,}  {_shown({**progress.get('metrics', {}), **progress.get('validation', {})})}".rstrip()

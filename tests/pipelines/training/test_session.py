@@ -22,9 +22,10 @@ from pipelines.training.build import build_state
 from pipelines.training.config import AdamW, BestConfig, CheckpointConfig, EmaConfig
 from pipelines.training.names import FAULT, OUTCOME, PROGRESS, SAMPLES, STOP, WEIGHTS, TrainingError
 from pipelines.training.parallel import Ranks
+from pipelines.training.reporter import Reporter
 from pipelines.training.session import Session, SessionConfig
 from pipelines.training.state import TrainState
-from pipelines.training.watch import GroupLost, MadeWay, ask_to_make_way, forget_round, read_outcome
+from pipelines.training.watch import GroupLost, MadeWay, Watcher, ask_to_make_way, forget_round, read_outcome
 from tests.pipelines.training.tiny import CLASSES, TinyModel, make_batch, make_config, prepare
 
 STEPS = 20
@@ -321,8 +322,6 @@ def test_no_point_of_the_curves_is_lost_while_tracking_cannot_be_reached(place: 
         yield log
         closed.append(True)
 
-    from pipelines.training.reporter import Reporter
-
     reporter = Reporter(place.attempt(1).uri, open_log, every_seconds=0.05)
     for step in range(5):
         reporter.log({"train/loss": 1.0}, step)
@@ -469,3 +468,18 @@ def test_too_many_bad_steps_are_no_accident(place: Place) -> None:
     with pytest.raises(TrainingError, match="5 steps were left out before it"):
         one.run()
     assert "is not finite" in place.read(1, OUTCOME)["error"]
+
+
+def test_every_note_is_said_once_however_many_there_are(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    attempt = place.attempt(1)
+    watcher = Watcher(attempt, lambda *_, **__: None)
+    for start in range(2):
+        reporter = Reporter(attempt.uri, lambda: nullcontext(Tracking([])), every_seconds=3600)
+        for number in range(130):
+            reporter.note(f"start {start}, note {number}")
+            if number % 40 == 39 or number == 129:
+                store.write_json(store.join(attempt.uri, PROGRESS), reporter._progress)
+                watcher(now=True)
+        reporter.close()
+    told = capsys.readouterr()
+    assert (told.out + told.err).count("start 0, note ") == (told.out + told.err).count("start 1, note ") == 130
