@@ -66,6 +66,11 @@ def collect(
         except store.StoreError as error:
             say(f"left alone: {error}")
     named = set(named)
+    for run in found:  # What is under way names in its lease what it takes from; once abandoned it no longer counts.
+        if records.get(run.digest) is None and "lease.json" in run.names:
+            age = _age(run, None, now)
+            if run.holder() is not None or (age is not None and age < older_than):
+                named |= set(DIGEST.findall(json.dumps(store.read_json(store.join(run.place, "lease.json")))))
     for digest, record in records.items():  # A result names its inputs and what it took them from.
         named |= {other for other in DIGEST.findall(json.dumps(record)) if other != digest}
     for run in found:

@@ -112,6 +112,15 @@ def test_a_result_that_is_none_is_listed_as_damaged_and_nothing_of_it_is_freed(t
     assert "damaged" in damaged and "result.json" in damaged and "finished" in whole
 
 
+def test_what_a_run_under_way_takes_from_is_no_result_to_free() -> None:
+    finish(SOURCE, age=300)
+    leave(LEFT, age=50)
+    record = {"expires": 0.0, "attempt": 3, "token": "", "host": "h", "pid": 1, "started": 0.0}
+    put(LEFT, "lease.json", {**record, "note": {"sources": [SOURCE]}})
+    assert kinds(results=True)[SOURCE][0] == "spent"
+    assert kinds(results=True, older_than=40.0)[SOURCE][0] == "unnamed", "nobody is at it, and it is as old as that"
+
+
 def test_what_is_swept_is_gone_and_the_rest_stands() -> None:
     finish(FINISHED, age=200)
     (one,) = collect(find(), set(), 100.0, False, now=NOW)
