@@ -26,6 +26,7 @@ MFU = 0.45  # Share of the data sheet's rate; what is assumed until `benchmarks/
 DECODE_SECONDS = (
     1.14e-3  # Of one core for an ImageNet-sized JPEG with the wheels' decoder, as measured on a shared core.
 )
+OF_SUCH_JPEGS = frozenset({"imagenet", "imagenet21k", "jft300m"})
 RECOMPUTED = 4 / 3  # Work of a step with activation checkpointing: one forward pass more.
 FP32_SLOWER = 2.0  # fp32 weights are multiplied in TF32, at half the rate of bf16 by the data sheets.
 DEVICES_OF_A_NODE = 8
@@ -85,6 +86,10 @@ def estimate(recipe: Any, size: Size, hardware: Hardware, count: int, mfu: float
     steps, batch = recipe.train.steps(size.images), recipe.train.batch_size
     parallel: ParallelConfig = recipe.parallel
     groups = parallel.replicas or max(1, count // DEVICES_OF_A_NODE)  # hsdp: one a node, as training takes them.
+    if parallel.kind == "hsdp" and count % groups:
+        raise ValueError(
+            f"parallel.replicas={groups} does not divide {count} devices; take --on {hardware.name}x{groups}"
+        )
     parts = count // groups if parallel.kind == "hsdp" else count
     state = state_bytes(parameters, max(blocks, default=parameters), recipe.optimizer, recipe.train, parallel, parts)
     image = activation_bytes(model, 0 if task else size.classes, head, recipe.train)
@@ -133,12 +138,20 @@ def describe(
         yield f"            {made.fits:,} images fit at once, {wanted:,} fall to each device: {verb}"
     else:
         yield f"            {wanted:,} images at once; {made.fits:,} would fit"
+    slower = ["a third more for activation_checkpointing"] if recipe.train.activation_checkpointing else []
+    slower += ["twice as long for fp32"] if recipe.train.precision == "fp32" else []
     yield (
         f"time        {made.step_seconds:.3g} s a step, {made.images_per_second:,.0f} images/s on {count} x"
         f" {hardware.name}, if mfu is {mfu:.2f} of {hardware.peak_flops / 1e12:,.0f} TFLOP/s: {_duration(made.days)}"
+        f"{' (' + ', '.join(slower) + ')' if slower else ''}"
     )
     yield f"cost        {made.dollars:,.0f} dollars at {cost:.2f} a device and hour ({source})"
-    yield f"reading     {made.images_per_second:,.0f} images/s: about {made.decode_cores:,.0f} cores for 110 kB JPEGs"
+    cores = (
+        f"about {made.decode_cores:,.0f} cores for 110 kB JPEGs"
+        if str(recipe.corpus).partition("@")[0] in OF_SUCH_JPEGS
+        else f"cores by the size of its images (110 kB JPEGs would take {made.decode_cores:,.0f})"
+    )
+    yield f"reading     {made.images_per_second:,.0f} images/s: {cores}"
 
 
 def _duration(days: float) -> str:

@@ -94,7 +94,7 @@ def check_choices(recipe: TrainingRecipe, corpus: Corpus) -> None:
     """What the settings ask of each other and of the corpus; raises ValueError (RecipeError) with the remedy."""
     from pipelines.training.rules import check_together
 
-    check_together(recipe.train, recipe.optimizer, recipe.schedule, recipe.validation, recipe.parallel)
+    check_together(recipe.train, recipe.optimizer, recipe.schedule, recipe.validation, recipe.parallel, recipe.workers)
     if corpus.head.multi_label and recipe.train.loss == "softmax" and recipe.train.masked is None:
         raise RecipeError(
             f"{corpus.uri} has several labels an image, and train.loss: softmax asks for the one right class; set"
@@ -164,7 +164,6 @@ def train_model(
     from vit_model import OutputSpec, build_model, count_parameters
 
     task = recipe.train.masked
-    check_model(recipe.train, model, recipe.optimizer)
     connect()
     placement = choose_placement(recipe.workers)
     check_workers(recipe.parallel, *(placement.limits or (placement.count, placement.count)))

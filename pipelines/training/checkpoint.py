@@ -12,13 +12,10 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import re
-import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,9 +23,10 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from pipelines import store
+from pipelines.training.checkpoint_state import problem_of
 from pipelines.training.layout import WHOLE, Layout, Part
 
-__all__ = ["AsyncSaver", "CheckpointError", "Checkpoints", "Found", "Loaded", "Place"]
+__all__ = ["CheckpointError", "Checkpoints", "Found", "Loaded", "Place"]
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +35,6 @@ TENSORS = Layout().file_name(0)  # Where nothing is cut.
 STATE = "state.json"
 MANIFEST = "manifest.json"
 PART_SECONDS = 600.0  # That the first part waits for the others.
-NICE = 10  # Added for the thread that uploads: a tenth of a core that training wants too.
-WHOLE_NUMBERS = ("lanes", "window_pages")  # Of the order: what the driver plans with before any tensor is loaded.
 MAX_JSON_BYTES = 16 << 20  # A manifest is some hundred bytes; more is not ours.
 
 
@@ -166,9 +162,8 @@ class Checkpoints:
         state = _parse(self._verified(found, STATE, manifest[STATE], folder).read_bytes(), uri)
         if state.get("step") != found.step:
             raise CheckpointError(f"{uri} says step {state.get('step')}, its place {found.step}")
-        order = state.get("order", {})
-        if not isinstance(order, dict) or not all(isinstance(order.get(name, 1), int) for name in WHOLE_NUMBERS):
-            raise CheckpointError(f"{uri} says nothing of the order of images that could be gone on with")
+        if problem := problem_of(state):
+            raise CheckpointError(f"{uri}: {problem}")
         return state
 
     def _manifest(self, found: Found) -> dict[str, dict[str, Any]]:
@@ -191,12 +186,12 @@ class Checkpoints:
     def _verified(self, found: Found, name: str, wanted: Mapping[str, Any], folder: Path) -> Path:
         uri = store.join(found.uri, name)
         try:
+            size = store.stat(uri).size  # First: nothing is downloaded that is not as large as what was written.
+            if size != wanted.get("size"):
+                raise CheckpointError(f"{uri} has {size} bytes, its manifest says {wanted.get('size')}")
             path = store.download(uri, folder / name)
         except (store.NotFound, store.Unreadable) as error:
             raise CheckpointError(_not_there(uri, error)) from None
-        size = path.stat().st_size
-        if size != wanted.get("size"):
-            raise CheckpointError(f"{uri} has {size} bytes, its manifest says {wanted.get('size')}")
         if _sha256(path) != wanted.get("sha256"):
             raise CheckpointError(f"{uri} does not match the sha256 of its manifest")
         return path
@@ -283,62 +278,6 @@ class Checkpoints:
                     store.delete(store.join(found.uri, name))
         except store.StoreError as error:
             log.warning("old checkpoints could not be swept: %s", error)
-
-
-class AsyncSaver:
-    """Uploads in a thread, one at a time; the loop pauses only for the copy of the tensors."""
-
-    def __init__(self, checkpoints: Checkpoints, committed: Callable[[Found], None] = lambda _: None) -> None:
-        self._checkpoints, self._committed = checkpoints, committed
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-
-    @property
-    def busy(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
-
-    def save(
-        self,
-        step: int,
-        tensors: Mapping[str, Tensor],
-        state: Mapping[str, Any],
-        rows: Mapping[str, int] | None = None,
-        token: str = "",
-    ) -> None:
-        """Start the upload of these CPU tensors, after the one under way. Raises what the one before ended with."""
-        self.wait()
-        arguments = (step, tensors, state, rows, token)
-        self._thread = threading.Thread(target=self._run, args=arguments, name=f"checkpoint {step}")
-        self._thread.start()
-
-    def _run(self, *arguments: Any) -> None:
-        _yield_to_training()
-        try:
-            if (found := self._checkpoints.save(*arguments)) is not None:
-                self._committed(found)
-        except BaseException as error:
-            self._error = error
-
-    def wait(self) -> None:
-        """Until the upload under way has ended. Raises its error once."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        self.poll()
-
-    def poll(self) -> None:
-        """Raise the error of the last upload, if it had one."""
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-
-
-def _yield_to_training() -> None:
-    """Where cores are short, this thread takes what training leaves of them. Only Linux can say so of a thread."""
-    if sys.platform == "linux":
-        thread = threading.get_native_id()
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + NICE))
 
 
 def _layout(state: Mapping[str, Any], manifest: Mapping[str, Any], found: Found) -> Layout:

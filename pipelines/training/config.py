@@ -72,6 +72,10 @@ class ModelConfig(Strict):
             raise ValueError(
                 f"model has neither a variant nor {', '.join(missing)}; give variant: B/16, or all five sizes"
             )
+        for name in ("dropout", "patch_dropout", "attention_dropout", "drop_path"):
+            share = getattr(self, name)
+            if share is not None and not 0 <= share < 1:
+                raise ValueError(f"{name}={share} is outside 0 <= {name} < 1; 0 disables it")
 
     def overrides(self) -> dict[str, Any]:
         """The fields of the model's config that were given."""
@@ -200,10 +204,8 @@ class TrainConfig(Strict):
             raise ValueError(f"total_steps={self.total_steps} trains nothing; give 1 or more")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing={self.label_smoothing} is outside 0 <= s < 1; 0 disables it")
-        if self.grad_clip is not None and not self.grad_clip > 0:
-            raise ValueError(
-                f"grad_clip={self.grad_clip} would stop all learning; give a norm above 0, or null to disable"
-            )
+        if self.grad_clip is not None and not 0 < self.grad_clip < math.inf:
+            raise ValueError(f"grad_clip={self.grad_clip} is no norm above 0; 1 is usual, null disables it")
 
     def steps(self, num_images: int) -> int:
         """Optimizer updates over a split of `num_images`; a started batch counts, training has no last batch."""
@@ -268,7 +270,7 @@ class CheckpointConfig(Strict):
     def __post_init__(self) -> None:
         if self.keep < 1:
             raise ValueError(
-                f"keep={self.keep} would delete the only good checkpoint; give 1 or more (2 survives a torn one)"
+                f"keep={self.keep} would leave nothing to resume from; give 1 or more (2 survives a torn one)"
             )
         if not self.every_seconds > 0:
             raise ValueError(f"every_seconds={self.every_seconds} is not above 0; 60 is usual")
@@ -330,12 +332,12 @@ class WorkerConfig(Strict):
             raise ValueError(f"max_failures={self.max_failures} is negative; 0 starts the workers once")
         if not 0 <= self.cpus < math.inf:
             raise ValueError(f"cpus={self.cpus} is no number of CPUs; 0.05 is usual on one machine")
-        if self.resize_seconds < 0:
+        if not self.resize_seconds >= 0:
             raise ValueError(f"resize_seconds={self.resize_seconds} is below 0; 60 is usual")
         for name in ("node_load_seconds", "dollars_per_hour", "peak_tflops"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}={value} is not above 0; null leaves it out")
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}={value} is not above 0 and finite; null leaves it out")
         if self.log_every_steps < 1:
             raise ValueError(f"log_every_steps={self.log_every_steps} is less than one step; 20 is usual")
 

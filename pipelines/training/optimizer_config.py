@@ -107,6 +107,11 @@ class Lamb(Strict):
 
     def __post_init__(self) -> None:
         _check(self)
+        if not self.weight_decay:
+            raise ValueError(
+                "weight_decay=0 turns LAMB into Adam: the length of a step is set only where weight decay acts; give a"
+                " weight decay, 0.05 is usual, or take kind: adam"
+            )
 
 
 AnyOptimizer = AdamW | Adam | Sgd | MuonAdamW | ScheduleFree | Lamb

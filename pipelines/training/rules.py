@@ -10,6 +10,7 @@ from pipelines.training.config import (
     ScheduleFree,
     TrainConfig,
     ValidationConfig,
+    WorkerConfig,
 )
 from pipelines.training.schedules import ScheduleConfig
 
@@ -22,6 +23,7 @@ def check_together(
     schedule: ScheduleConfig,
     validation: ValidationConfig,
     parallel: ParallelConfig,
+    workers: WorkerConfig | None = None,
 ) -> None:
     """Raises ValueError with the remedy for the first pair that does not fit."""
     if schedule.end_lr > optimizer.peak_lr:
@@ -47,6 +49,10 @@ def check_together(
         raise ValueError(
             f"optimizer kind: {optimizer.kind} needs whole {whole}, parallel.kind={parallel.kind} cuts them; use ddp or"
             " adamw"
+        )
+    if workers is not None and workers.count is not None:
+        check_workers(
+            parallel, *(workers.count if isinstance(workers.count, tuple) else (workers.count, workers.count))
         )
 
 

@@ -23,8 +23,8 @@ class RunOrder:
 
     def take_over(self, uri: str, state: Mapping[str, Any]) -> None:
         """Go on with the order of the checkpoint at `uri`; raises CannotResume where images would not be the same."""
-        stored = {"window_pages": FIRST_WINDOW_PAGES, **state["order"]}
-        chosen = {name: stored[name] for name in FIXED_AT_START}
+        stored = {"window_pages": FIRST_WINDOW_PAGES, **state.get("order", {})}
+        chosen = {name: stored.get(name) for name in FIXED_AT_START}
         if {**self.fields, **chosen} != stored:
             raise CannotResume(f"{uri} was made with another order of images; begin anew with --again")
         self.fields.update(chosen)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from pipelines import identity, store
-from pipelines.training.checkpoint import AsyncSaver, CheckpointError, Checkpoints, Found, Loaded
+from pipelines.training.async_saver import AsyncSaver
+from pipelines.training.checkpoint import CheckpointError, Checkpoints, Found, Loaded
 from pipelines.training.config import CheckpointConfig
 from pipelines.training.parallel import Gradients, Ranks
 from pipelines.training.reporter import Reporter

@@ -49,6 +49,12 @@ class ScheduleConfig(Strict):
 
     def check(self, total_steps: int) -> None:
         """Warm-up and cooldown must leave room for the rest."""
+        if self.warmup_steps >= total_steps:
+            raise ValueError(
+                f"schedule.warmup_steps={self.warmup_steps:,} is not below the {total_steps:,} steps of the training: "
+                "the learning rate would never reach its peak; train longer (train.epochs or train.total_steps), "
+                f"lower train.batch_size, or shorten the warm-up: --schedule.warmup-steps {max(0, total_steps // 10)}"
+            )
         if self.cooldown_steps and self.warmup_steps + self.cooldown_steps >= total_steps:
             room = total_steps - self.warmup_steps - 1  # That a cooldown may take, after the warm-up and one step.
             remedy = (
@@ -59,12 +65,6 @@ class ScheduleConfig(Strict):
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} and cooldown_steps={self.cooldown_steps} leave none of"
                 f" total_steps={total_steps} between them; {remedy}"
-            )
-        if self.warmup_steps >= total_steps:
-            raise ValueError(
-                f"schedule.warmup_steps={self.warmup_steps:,} is not below the {total_steps:,} steps of the training: "
-                "the learning rate would never reach its peak; train longer (train.epochs or train.total_steps), "
-                f"lower train.batch_size, or shorten the warm-up: --schedule.warmup-steps {max(0, total_steps // 10)}"
             )
 
 

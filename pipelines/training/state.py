@@ -21,6 +21,7 @@ __all__ = ["StateError", "TrainState"]
 
 
 MOST_WITHOUT_STATE = 5  # Steps; as many as may be left out of a run.
+KINDS = ("model/", "optimizer/", "ema/", "best/")  # What the name of a stored tensor begins with.
 MOST_SAID = 20  # Names of one message.
 
 
@@ -74,9 +75,12 @@ class TrainState:
 
     def check(self, tensors: Mapping[str, Tensor], step: int) -> None:
         """Raises StateError listing every name that is missing, left over or misshapen, of optimizer slots too."""
+        foreign = [name for name in tensors if not name.startswith(KINDS)]
+        if foreign:
+            raise StateError(f"checkpoint does not fit this model: left over {', '.join(sorted(foreign)[:MOST_SAID])}")
         own = self.weights()
         tensors = tensors if self.gradients is None else self.gradients.own_part(tensors)
-        stored, slots, ema, best = (_under(tensors, kind) for kind in ("model/", "optimizer/", "ema/", "best/"))
+        stored, slots, ema, best = (_under(tensors, kind) for kind in KINDS)
         problems = _misfits(stored, own)
         if self.ema is not None:
             problems += _misfits(ema, self.ema.tensors)
@@ -112,7 +116,7 @@ class TrainState:
         self.check(tensors, step)
         own, parameters = self.weights(), self._parameters()
         tensors = tensors if self.gradients is None else self.gradients.own_part(tensors)
-        stored, slots, ema, best = (_under(tensors, kind) for kind in ("model/", "optimizer/", "ema/", "best/"))
+        stored, slots, ema, best = (_under(tensors, kind) for kind in KINDS)
         slots = self._not_bare(slots)
         with torch.no_grad():
             for name, tensor in stored.items():
@@ -168,7 +172,8 @@ def _misfits(stored: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[st
     problems = [f"missing {name}" for name in own.keys() - stored.keys()]
     problems += [f"left over {name}" for name in stored.keys() - own.keys()]
     return problems + [
-        f"{name} is {tuple(stored[name].shape)}, the model has {tuple(own[name].shape)}"
+        f"{name} is {tuple(stored[name].shape)} of {stored[name].dtype}, the model has {tuple(own[name].shape)} of"
+        f" {own[name].dtype}"
         for name in own.keys() & stored.keys()
-        if own[name].shape != stored[name].shape
+        if own[name].shape != stored[name].shape or own[name].dtype != stored[name].dtype
     ]

@@ -63,6 +63,28 @@ def test_the_state_is_cut_over_the_devices() -> None:
     assert state_bytes(1000, 100, AdamW(), train, fsdp, 8) == 2_000 + 3 * 100 * 4
 
 
+def test_what_takes_longer_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["pretrain/vit_h14_jft"])
+    assert "a third more for activation_checkpointing" in capsys.readouterr().out
+    main(["pretrain/vit_s16_plain_90", "--train.precision", "fp32"])
+    assert "twice as long for fp32" in capsys.readouterr().out
+
+
+def test_groups_that_the_devices_do_not_fill_are_refused() -> None:
+    recipe = load_recipe(PretrainRecipe, "pretrain/vit_s16_plain_90", {"parallel": {"kind": "hsdp", "replicas": 3}})
+    with pytest.raises(ValueError, match="replicas=3 does not divide 64 devices"):
+        estimate(recipe, Size(*KNOWN["imagenet"]), HARDWARE["h100"], 64, 0.5, None)
+
+
+def test_cores_for_reading_are_said_only_of_images_like_those_that_were_measured(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    main(["pretrain/vit_b16_imagenet"])
+    assert "cores for 110 kB JPEGs" in capsys.readouterr().out
+    main(["demo/pretrain", "--images", "57000", "--classes", "10"])
+    assert "cores by the size of its images" in capsys.readouterr().out
+
+
 def test_hardware_is_known_by_name_and_number() -> None:
     assert find_hardware("H100x8") == (HARDWARE["h100"], 8)
     assert find_hardware("a100-40") == (HARDWARE["a100-40"], 1)

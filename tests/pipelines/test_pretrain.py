@@ -41,7 +41,7 @@ def recipe(corpus: str, **changes: Any) -> PretrainRecipe:
         ({"train": {"batch_size": 16}}, "give exactly one of them"),
         ({"train": {"batch_sise": 16, "epochs": 1}}, "did you mean 'batch_size'"),
         ({"optimizer": {"kind": "adamw", "momentum": 0.9}}, "momentum"),
-        ({"checkpoint": {"keep": 0}}, "keep=0 would delete the only good checkpoint"),
+        ({"checkpoint": {"keep": 0}}, "keep=0 would leave nothing to resume from"),
     ],
 )
 def test_a_recipe_that_cannot_be_meant_is_refused_before_anything_starts(changes: dict[str, Any], text: str) -> None:

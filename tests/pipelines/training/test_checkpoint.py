@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from pipelines import store
-from pipelines.training.checkpoint import MANIFEST, STATE, TENSORS, AsyncSaver, CheckpointError, Checkpoints
+from pipelines.training.async_saver import AsyncSaver
+from pipelines.training.checkpoint import MANIFEST, STATE, TENSORS, CheckpointError, Checkpoints
 
 FILES = [TENSORS, STATE, MANIFEST]
 
@@ -130,6 +131,64 @@ def test_a_planted_pickle_is_refused_and_never_run(place: Place, tmp_path: Path,
     loaded = checkpoints.newest()
     assert loaded is not None and loaded.found.step == 10
     assert not harmed.exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"order": None},
+        {"order": {"lanes": "x"}},
+        {"order": {"lanes": True}},
+        {"order": {"window_pages": 0}},
+        {"engine": 7},
+        {"left_out": 3},
+        {"curves": [1]},
+        {"best": [1]},
+        {"best": {"without_best": "x"}},
+        {"per_device_batch_size": 0},
+        {"dollars": "much"},
+        {"ended": 1},
+    ],
+    ids=str,
+)
+def test_a_state_that_no_start_could_go_by_is_passed_over(place: Place, changes: dict[str, object]) -> None:
+    import hashlib
+
+    checkpoints = save(place, 10, 20)
+    text = json.dumps({**json.loads(path_of(place, 20, STATE).read_text()), **changes}).encode()
+    path_of(place, 20, STATE).write_bytes(text)
+    manifest = json.loads(path_of(place, 20, MANIFEST).read_text())
+    manifest["files"][STATE] = {"size": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+    path_of(place, 20, MANIFEST).write_text(json.dumps(manifest))
+    loaded = checkpoints.newest()
+    assert loaded is not None and loaded.found.step == 10
+    assert Checkpoints(place).newest_state()["step"] == 10
+
+
+@pytest.mark.parametrize("name", [STATE, TENSORS])
+@pytest.mark.parametrize("kind", ["pipe", "loop"])
+def test_what_is_no_file_is_passed_over_and_never_waited_for(place: Place, name: str, kind: str) -> None:
+    checkpoints = save(place, 10, 20)
+    path = path_of(place, 20, name)
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(path.name)
+    loaded = checkpoints.newest()
+    assert loaded is not None and loaded.found.step == 10
+
+
+def test_what_is_larger_than_its_manifest_says_is_not_downloaded(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = save(place, 10, 20)
+    with path_of(place, 20, TENSORS).open("ab") as file:
+        file.write(b"more")
+    fetched: list[str] = []
+    download = store.download
+    monkeypatch.setattr(store, "download", lambda uri, path: fetched.append(uri) or download(uri, path))  # type: ignore[func-returns-value]
+    loaded = checkpoints.newest()
+    assert loaded is not None and loaded.found.step == 10
+    assert not any("000000020" in uri and uri.endswith(TENSORS) for uri in fetched)
 
 
 def test_a_manifest_of_another_run_is_refused(place: Place) -> None:

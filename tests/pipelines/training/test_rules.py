@@ -21,7 +21,7 @@ def recipe(**changes: Any) -> PretrainRecipe:
 
 
 def check(given: PretrainRecipe) -> None:
-    check_together(given.train, given.optimizer, given.schedule, given.validation, given.parallel)
+    check_together(given.train, given.optimizer, given.schedule, given.validation, given.parallel, given.workers)
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,9 @@ def check(given: PretrainRecipe) -> None:
         ({"optimizer": {"kind": "muon"}, "parallel": {"kind": "fsdp"}}, "needs whole matrices"),
         ({"optimizer": {"kind": "lamb"}, "parallel": {"kind": "hsdp"}}, "needs whole tensors"),
         ({"schedule": {"end_lr": 1.0}}, "the rate would rise to the end"),
+        ({"parallel": {"kind": "fsdp"}, "workers": {"count": 1}}, "there may be one alone"),
+        ({"parallel": {"kind": "fsdp"}, "workers": {"count": [1, 8]}}, "there may be one alone"),
+        ({"parallel": {"kind": "hsdp", "replicas": 3}, "workers": {"count": 4}}, "replicas=3 does not divide 4"),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused_with_the_remedy(changes: dict[str, Any], text: str) -> None:
@@ -60,6 +63,12 @@ def test_settings_that_do_not_fit_together_are_refused_with_the_remedy(changes: 
         ({"workers": {"hang_seconds": 0}}, "hang_seconds=0"),
         ({"workers": {"max_failures": -5}}, "max_failures=-5"),
         ({"workers": {"cpus": -1.0}}, "cpus=-1.0"),
+        ({"workers": {"resize_seconds": float("nan")}}, "resize_seconds=nan"),
+        ({"workers": {"dollars_per_hour": float("inf")}}, "dollars_per_hour=inf"),
+        ({"train": {"grad_clip": float("inf")}}, "grad_clip=inf"),
+        ({"model": {"dropout": 2.0}}, "dropout=2.0 is outside"),
+        ({"model": {"drop_path": float("nan")}}, "drop_path=nan is outside"),
+        ({"optimizer": {"kind": "lamb", "weight_decay": 0.0}}, "turns LAMB into Adam"),
         ({"workers": {"node_load_seconds": 0.0}}, "node_load_seconds=0.0"),
         ({"validation": {"batch_size": 0}}, "batch_size=0 is less than one image"),
         ({"train": {"total_steps": None, "epochs": float("inf")}}, "epochs=inf"),

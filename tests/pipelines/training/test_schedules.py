@@ -82,6 +82,11 @@ def test_the_cooldown_that_is_offered_fits(warmup: int, total: int, remedy: str)
         given.check(total)
 
 
+def test_a_warm_up_that_never_ends_is_said_before_any_cooldown() -> None:
+    with pytest.raises(ValueError, match="the learning rate would never reach its peak"):
+        ScheduleConfig(decay="constant", warmup_steps=50, cooldown_steps=10).check(50)
+
+
 def test_a_cooldown_without_room_is_refused() -> None:
     with pytest.raises(ValueError, match="leave none of total_steps=50"):
         ScheduleConfig(decay="rsqrt", warmup_steps=20, cooldown_steps=40).check(50)

@@ -33,6 +33,19 @@ def trained(optimizer: AnyOptimizer) -> dict[str, Tensor]:
     return state.tensors()
 
 
+@pytest.mark.parametrize("name", ["weights", "other/head.weight", "optimizer/head.weight/a/b"])
+def test_what_no_state_has_is_refused_by_its_name(name: str) -> None:
+    with pytest.raises(StateError, match=f"left over {name}"):
+        build(AdamW()).load({**trained(AdamW()), name: torch.zeros(1)}, 6)
+
+
+def test_weights_of_another_type_are_refused() -> None:
+    tensors = trained(AdamW())
+    tensors["model/head.weight"] = tensors["model/head.weight"].long()
+    with pytest.raises(StateError, match=r"head.weight is \(3, 8\) of torch.int64"):
+        build(AdamW()).load(tensors, 6)
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda config: f"{config.kind} {getattr(config, 'momentum', '')}")
 def test_what_every_optimizer_keeps_is_known_by_name_and_shape(optimizer: AnyOptimizer) -> None:
     tensors = trained(optimizer)
