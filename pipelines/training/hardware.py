@@ -43,12 +43,11 @@ def find_hardware(text: str) -> tuple[Hardware, int]:
 
 # Dense bf16 FLOP/s from the vendors' data sheets; the first name found in the name that a driver gives a device counts.
 PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
+    "B200": HARDWARE["b200"].peak_flops,
+    "H200": HARDWARE["h200"].peak_flops,  # GH200 too.
     "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "GH200": 989e12,
-    "A100": 312e12,
+    "H100": HARDWARE["h100"].peak_flops,
+    "A100": HARDWARE["a100"].peak_flops,
     "A10": 125e12,
     "L40S": 362e12,
     "L4": 121e12,

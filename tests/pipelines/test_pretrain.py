@@ -14,6 +14,7 @@ from pipelines.config import RecipeError, from_dict, load_recipe, packaged_recip
 from pipelines.finetune import FinetuneRecipe
 from pipelines.pretrain import PretrainRecipe
 
+BUDGET = {"batch_size": 16, "total_steps": 60}
 SIZES = {"patch_size": 4, "width": 32, "depth": 2, "mlp_dim": 64, "num_heads": 2}
 
 
@@ -76,6 +77,28 @@ def test_a_recipe_for_a_large_corpus_says_what_to_change_for_a_small_one(tmp_pat
     large = load_recipe(PretrainRecipe, "pretrain/vit_b16_imagenet", {"corpus": corpus.reference})
     with pytest.raises(ValueError, match=r"warmup_steps=10,000 is not below the 3 steps .*--schedule.warmup-steps 0"):
         pretrain.run(large)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"train": {**BUDGET, "packing": {"smallest": 0.5}}}, "train.packing packs the tokens of a ViT"),
+        ({"train": {**BUDGET, "activation_checkpointing": True}}, "activation_checkpointing has no effect on a ResNet"),
+        ({"parallel": {"kind": "fsdp"}, "workers": {"count": [1, 4]}}, "there may be one alone"),
+    ],
+)
+def test_what_no_worker_could_build_is_refused_before_the_run_begins(
+    changes: dict[str, Any], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No lease, no run in MLflow, no worker."""
+    from tests.pipelines.tiny_corpus import write_colours
+
+    monkeypatch.setenv("VIT_ROOT", str(tmp_path / "root"))
+    corpus = write_colours(str(tmp_path / "colours"), train=30, held_out=3)
+    given = recipe(corpus.reference, model={"variant": "R50x1"}, resolution=32, **changes)
+    with pytest.raises(ValueError, match=text):
+        pretrain.run(given)
+    assert not list(store.list_objects(identity.runs()))
 
 
 def test_how_it_is_run_is_no_part_of_the_identity() -> None:
