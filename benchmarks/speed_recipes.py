@@ -1,13 +1,14 @@
-"""The speed options of training at equal compute: what is each worth on Fashion-MNIST?
+"""The speed options of training at equal compute: what is each worth on the corpora of the demo?
 
-    python benchmarks/speed_recipes.py [--quick] [--steps 150] [--seeds 0 1 2] [--only NAME ...] [--resume]
-        [--data FOLDER]
+    python benchmarks/speed_recipes.py [--corpus fashion-mnist|digits] [--quick] [--steps 150] [--seeds 0 1 2]
+        [--only NAME ...] [--resume] [--data FOLDER]
 
 Compute is counted in multiply-accumulates: an option that makes a step cheaper takes more steps, so that every run
 spends what `--steps` steps of the plain recipe spend. Width 64, depth 4, patch 4, 28 px, mean pooling, the demo's
-optimizer (Muon 0.02, AdamW 2e-3), cosine, batch 128, mirrored, one thread; top-1 on the 10,000 test photos. Differences
-to the plain recipe are paired by seed; "±" is the standard error over the seeds. CPU seconds are those of the training
-alone. The last line is one JSON object.
+optimizer (Muon 0.02, AdamW 2e-3), cosine, batch 128, one thread. Fashion-MNIST: mirrored, top-1 on the 10,000 test
+photos. Digits: scikit-learn's 1,797 at 28 px, not mirrored, top-1 on 399 that are held out. Differences to the plain
+recipe are paired by seed; "±" is the standard error over the seeds. CPU seconds are those of the training alone. The
+last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ MODEL = ViTConfig(
 )  # fmt: skip
 OPTIMIZER = MuonAdamW(peak_lr=0.02, adamw_lr=2e-3, weight_decay=0.05)
 DROP_PATH = 0.2
+HELD_OUT_DIGITS = 399
+STEPS = {"fashion-mnist": 150, "digits": 110}  # A third of an epoch; ten epochs.
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,27 @@ def read(folder: Path, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     images = np.frombuffer(gzip.decompress((folder / f"{kind}-images-idx3-ubyte.gz").read_bytes()), np.uint8, offset=16)
     labels = np.frombuffer(gzip.decompress((folder / f"{kind}-labels-idx1-ubyte.gz").read_bytes()), np.uint8, offset=8)
     return torch.tensor(images).view(-1, 1, SIDE, SIDE), torch.tensor(labels).long()
+
+
+def read_fashion(folder: Path | None) -> tuple[torch.Tensor, ...]:
+    """Training images and labels, then those of the test split."""
+    if folder is None:
+        folder, told = fashion_mnist(Path(".vit") / "samples")
+        print(told)
+    return (*read(folder, "train"), *read(folder, "t10k"))
+
+
+def read_digits() -> tuple[torch.Tensor, ...]:
+    """scikit-learn's digits at 28 px, in an order drawn once: training images and labels, then 399 held-out ones."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    small = torch.tensor(found.images * 15.9375, dtype=torch.float32)[:, None]  # (N, 1, 8, 8), 17 levels to 0..255.
+    large = torch.nn.functional.interpolate(small, (SIDE, SIDE), mode="bilinear").round().clamp(0, 255).byte()
+    labels = torch.tensor(found.target).long()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    train, test = order[:-HELD_OUT_DIGITS], order[-HELD_OUT_DIGITS:]
+    return large[train], labels[train], large[test], labels[test]
 
 
 def macs_of(config: ViTConfig, height: int, width: int) -> int:
@@ -102,20 +126,20 @@ def options() -> dict[str, Option]:
     }
 
 
-def batches(images: torch.Tensor, labels: torch.Tensor, seed: int) -> Iterator[Batch]:
-    """Endless: an own permutation of each epoch, half of the images mirrored."""
+def batches(images: torch.Tensor, labels: torch.Tensor, seed: int, mirror: bool) -> Iterator[Batch]:
+    """Endless: an own permutation of each epoch; `mirror`: half of the images."""
     step, ones = 0, torch.ones(BATCH)
     generator = torch.Generator().manual_seed(seed)
     for epoch in range(1 << 30):
         order = torch.randperm(len(images), generator=generator)
         for ids in order[: len(order) // BATCH * BATCH].view(-1, BATCH):
-            mirrored = torch.rand(BATCH, generator=generator) < 0.5
+            mirrored = torch.rand(BATCH, generator=generator) < (0.5 if mirror else 0.0)
             chosen = torch.where(mirrored[:, None, None, None], images[ids].flip(3), images[ids])
             yield Batch(chosen, labels[ids], ones, ids, step, torch.full((BATCH,), epoch))
             step += 1
 
 
-def measure(option: Option, steps: int, seed: int, data: tuple[torch.Tensor, ...]) -> tuple[float, float]:
+def measure(option: Option, steps: int, seed: int, data: tuple[torch.Tensor, ...], mirror: bool) -> tuple[float, float]:
     """Top-1 and CPU seconds of one run."""
     config = TrainConfig(batch_size=BATCH, total_steps=steps, **option.train)
     state = build_state(build_model(option.model, CLASSES, seed=seed), config, OPTIMIZER, Ranks())
@@ -128,7 +152,7 @@ def measure(option: Option, steps: int, seed: int, data: tuple[torch.Tensor, ...
         return normalize(images, SPEC)
 
     started = time.process_time()
-    train(state, batches(data[0], data[1], seed), loop, Ranks(), prepare, Hooks())
+    train(state, batches(data[0], data[1], seed, mirror), loop, Ranks(), prepare, Hooks())
     seconds = time.process_time() - started
     held_out = (
         Batch(part, of, torch.ones(len(part)), torch.arange(len(part)))
@@ -146,22 +170,19 @@ def spread(values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="ends within 60 s; too short to say anything")
-    parser.add_argument("--steps", type=int, default=None, help="of the plain recipe; default 150")
+    parser.add_argument("--corpus", choices=list(STEPS), default="fashion-mnist")
+    parser.add_argument("--steps", type=int, default=None, help="of the plain recipe; default 150, for the digits 110")
     parser.add_argument("--seeds", type=int, nargs="+", default=None, help="default 0 1 2")
     parser.add_argument("--only", nargs="+", default=None, help="these options; gains need plain")
     parser.add_argument("--resume", action="store_true", help="take over what bench-results holds of the same runs")
     parser.add_argument("--data", type=Path, default=None, help="folder of the four IDX files; default: as the demo")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    budget = args.steps or (12 if args.quick else 150)
+    budget = args.steps or (12 if args.quick else STEPS[args.corpus])
     seeds = args.seeds or ([0, 1] if args.quick else [0, 1, 2])
-    folder = args.data
-    if folder is None:
-        folder, told = fashion_mnist(Path(".vit") / "samples")
-        print(told)
-    data = (*read(folder, "train"), *read(folder, "t10k"))
+    data = read_digits() if args.corpus == "digits" else read_fashion(args.data)
     if args.quick:
-        data = (data[0], data[1], data[2][:2000], data[3][:2000])
+        data = (*data[:2], data[2][:2000], data[3][:2000])
     chosen = {name: option for name, option in options().items() if not args.only or name in args.only}
     plain = options()["plain"].macs
     steps = {name: round(budget * plain / option.macs) for name, option in chosen.items()}
@@ -170,14 +191,14 @@ def main() -> None:
     done: dict[str, list[float]] = json.loads(results.read_text()) if args.resume and results.exists() else {}
     for seed in seeds:
         for name, option in chosen.items():
-            key = f"{name}, {steps[name]} steps, {len(data[3])} test photos, seed {seed}"
+            key = f"{name}, {steps[name]} steps, {len(data[3])} test images, seed {seed}"
             if key in done:
                 continue
-            done[key] = list(measure(option, steps[name], seed, data))
+            done[key] = list(measure(option, steps[name], seed, data, args.corpus != "digits"))
             results.write_text(json.dumps(done, indent=2))
             print(f"{key}: {done[key][0]:.4f}, {done[key][1]:.1f} s", flush=True)
     found = {
-        name: [done[f"{name}, {steps[name]} steps, {len(data[3])} test photos, seed {seed}"] for seed in seeds]
+        name: [done[f"{name}, {steps[name]} steps, {len(data[3])} test images, seed {seed}"] for seed in seeds]
         for name in chosen
     }
     print(f"\ntorch {torch.__version__}, {len(seeds)} seeds, {6 * plain * budget * BATCH / 1e12:.1f} TFLOPs a run\n")

@@ -27,8 +27,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from pipelines import store
 from pipelines.batch import Batch
+from pipelines.training.async_saver import AsyncSaver
 from pipelines.training.build import build_state
-from pipelines.training.checkpoint import AsyncSaver, Checkpoints
+from pipelines.training.checkpoint import Checkpoints
 from pipelines.training.config import AdamW, CheckpointConfig, TrainConfig
 from pipelines.training.loop import Hooks, LoopConfig, train
 from pipelines.training.objective import Objective

@@ -26,6 +26,10 @@ MFU = 0.45  # Share of the data sheet's rate; what is assumed until `benchmarks/
 DECODE_SECONDS = (
     1.14e-3  # Of one core for an ImageNet-sized JPEG with the wheels' decoder, as measured on a shared core.
 )
+OF_SUCH_JPEGS = frozenset({"imagenet", "imagenet21k", "jft300m"})
+RECOMPUTED = 4 / 3  # Work of a step with activation checkpointing: one forward pass more.
+FP32_SLOWER = 2.0  # fp32 weights are multiplied in TF32, at half the rate of bf16 by the data sheets.
+DEVICES_OF_A_NODE = 8
 RESERVE = 0.9  # Share of a device's memory that can be planned with; the rest goes to kernels and fragments.
 
 
@@ -81,10 +85,18 @@ def estimate(recipe: Any, size: Size, hardware: Hardware, count: int, mfu: float
     macs = macs_per_image(model, size.classes, head, recipe.train)
     steps, batch = recipe.train.steps(size.images), recipe.train.batch_size
     parallel: ParallelConfig = recipe.parallel
-    parts = count // (parallel.replicas or 1) if parallel.kind == "hsdp" else count
+    groups = parallel.replicas or max(1, count // DEVICES_OF_A_NODE)  # hsdp: one a node, as training takes them.
+    if parallel.kind == "hsdp" and count % groups:
+        raise ValueError(
+            f"parallel.replicas={groups} does not divide {count} devices; take --on {hardware.name}x{groups}"
+        )
+    parts = count // groups if parallel.kind == "hsdp" else count
     state = state_bytes(parameters, max(blocks, default=parameters), recipe.optimizer, recipe.train, parallel, parts)
     image = activation_bytes(model, 0 if task else size.classes, head, recipe.train)
-    rate = mfu * hardware.peak_flops * count / (6.0 * macs)
+    slower = (RECOMPUTED if recipe.train.activation_checkpointing else 1.0) * (
+        FP32_SLOWER if recipe.train.precision == "fp32" else 1.0
+    )
+    rate = mfu * hardware.peak_flops * count / (6.0 * macs * slower)
     seconds = steps * batch / rate
     dollars = seconds / 3600 * count * (hardware.dollars_per_hour if price is None else price)
     return Estimate(
@@ -126,12 +138,20 @@ def describe(
         yield f"            {made.fits:,} images fit at once, {wanted:,} fall to each device: {verb}"
     else:
         yield f"            {wanted:,} images at once; {made.fits:,} would fit"
+    slower = ["a third more for activation_checkpointing"] if recipe.train.activation_checkpointing else []
+    slower += ["twice as long for fp32"] if recipe.train.precision == "fp32" else []
     yield (
         f"time        {made.step_seconds:.3g} s a step, {made.images_per_second:,.0f} images/s on {count} x"
         f" {hardware.name}, if mfu is {mfu:.2f} of {hardware.peak_flops / 1e12:,.0f} TFLOP/s: {_duration(made.days)}"
+        f"{' (' + ', '.join(slower) + ')' if slower else ''}"
     )
     yield f"cost        {made.dollars:,.0f} dollars at {cost:.2f} a device and hour ({source})"
-    yield f"reading     {made.images_per_second:,.0f} images/s: about {made.decode_cores:,.0f} cores for 110 kB JPEGs"
+    cores = (
+        f"about {made.decode_cores:,.0f} cores for 110 kB JPEGs"
+        if str(recipe.corpus).partition("@")[0] in OF_SUCH_JPEGS
+        else f"cores by the size of its images (110 kB JPEGs would take {made.decode_cores:,.0f})"
+    )
+    yield f"reading     {made.images_per_second:,.0f} images/s: {cores}"
 
 
 def _duration(days: float) -> str:
@@ -154,7 +174,10 @@ def _model(recipe: Any) -> ModelConfig:
     from vit_model import read_specs
 
     if recipe.weights is None:
-        raise ValueError("the size of the model is in its weights: give --weights, or model")
+        raise ValueError(
+            "the size of the model is in its weights: give --weights, or model: {variant: B/16} in a recipe of your"
+            " own, to train from scratch"
+        )
     with tempfile.TemporaryDirectory(prefix="vit-estimate-") as folder:
         config, _, _ = read_specs(fetch_weights(recipe.weights, Path(folder)).path)
     return dataclasses.replace(config, resolution=recipe.resolution)
@@ -215,6 +238,9 @@ def _number(own: dict[str, str], flag: str) -> float | None:
         value = float(own[flag].replace("_", "").replace(",", ""))
     except ValueError:
         value = 0.0
-    if not value > 0 or (flag == "--mfu" and value > 1):
-        raise RecipeError(f"{flag} {own[flag]!r} is no such number; --mfu takes 0 to 1, the others more than 0")
+    counted = flag in ("--images", "--classes")
+    if not 0 < value < float("inf") or (flag == "--mfu" and value > 1) or (counted and value != int(value)):
+        raise RecipeError(
+            f"{flag} {own[flag]!r} is no such number; --mfu takes 0 to 1, --images and --classes whole numbers"
+        )
     return value

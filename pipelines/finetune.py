@@ -12,6 +12,7 @@ from pipelines import identity, store
 from pipelines.config import RecipeError, Strict, input_
 from pipelines.fit import (
     check_choices,
+    check_model,
     check_splits,
     log_pictures,
     metrics_of,
@@ -103,6 +104,9 @@ def run(recipe: FinetuneRecipe) -> StageResult:
     corpus = open_corpus(recipe.corpus)
     check_splits(recipe, corpus)
     check_choices(recipe, corpus)
+    if recipe.model is not None:
+        scratch = model_config(recipe.model, recipe.resolution, dropout=recipe.dropout)
+        check_model(recipe.train, scratch, recipe.optimizer)
     with tempfile.TemporaryDirectory(prefix="vit-finetune-") as folder:
         weights = fetch_weights(recipe.weights, Path(folder)) if recipe.weights is not None else None
         teacher = fetch_teacher(recipe.distill, recipe.train, corpus, Path(folder))
@@ -152,6 +156,7 @@ def _work(
             patch_dropout=0.0,
         )
         model = loaded.config
+        check_model(recipe.train, model, recipe.optimizer)
         # Workers anywhere must reach it, and a later attempt must find the same.
         initial = store.join(attempt.uri, "initial" + weights.path.suffix)
         store.upload(weights.path, initial)

@@ -94,7 +94,7 @@ def check_choices(recipe: TrainingRecipe, corpus: Corpus) -> None:
     """What the settings ask of each other and of the corpus; raises ValueError (RecipeError) with the remedy."""
     from pipelines.training.rules import check_together
 
-    check_together(recipe.train, recipe.optimizer, recipe.schedule, recipe.validation, recipe.parallel)
+    check_together(recipe.train, recipe.optimizer, recipe.schedule, recipe.validation, recipe.parallel, recipe.workers)
     if corpus.head.multi_label and recipe.train.loss == "softmax" and recipe.train.masked is None:
         raise RecipeError(
             f"{corpus.uri} has several labels an image, and train.loss: softmax asks for the one right class; set"
@@ -104,10 +104,17 @@ def check_choices(recipe: TrainingRecipe, corpus: Corpus) -> None:
         raise ValueError(f"train.class_weights names {', '.join(unknown)}, which {corpus.uri} has not")
 
 
-def check_model(train: TrainConfig, model: ModelConfig) -> None:
-    """What the budget asks of the model; raises ValueError with the remedy."""
+def check_model(train: TrainConfig, model: ModelConfig, optimizer: AnyOptimizer | None = None) -> None:
+    """What the settings ask of the model; raises ValueError with the remedy."""
     from pipelines.training.masked import num_outputs
 
+    if model.kind == "resnet":
+        if train.activation_checkpointing:
+            raise ValueError("train.activation_checkpointing has no effect on a ResNet; remove it")
+        if (layer_decay := getattr(optimizer, "layer_decay", None)) is not None:
+            raise ValueError(f"optimizer.layer_decay={layer_decay} needs a model of blocks; a ResNet has none: null")
+        if getattr(optimizer, "kind", "") == "muon":
+            raise ValueError("optimizer kind: muon is for the matrices inside blocks; a ResNet has none: adamw or sgd")
     if train.masked is not None:
         num_outputs(train.masked, model)
     if train.packing is not None and (model.kind == "resnet" or model.drop_path):
@@ -152,13 +159,14 @@ def train_model(
     from pipelines.training import masked
     from pipelines.training.compute import macs_per_image
     from pipelines.training.job import TrainJob
+    from pipelines.training.rules import check_workers
     from pipelines.training.worker import choose_placement, connect, launch
     from vit_model import OutputSpec, build_model, count_parameters
 
     task = recipe.train.masked
-    check_model(recipe.train, model)
     connect()
     placement = choose_placement(recipe.workers)
+    check_workers(recipe.parallel, *(placement.limits or (placement.count, placement.count)))
     num_images = corpus.splits[recipe.split]
     total_steps = recipe.train.steps(num_images)
     batch_size, num_classes = recipe.train.batch_size, len(corpus.class_names)

@@ -1,9 +1,11 @@
 """`vit gc --older-than 30d [--results] [--dry-run]`: frees what nobody can want any more of the stage runs.
 
     spent       checkpoints and copies of inputs of finished runs: their result stands
-    abandoned   everything of unfinished runs that nobody is at, but their lease, whose attempt number goes on counting
+    abandoned   everything of unfinished runs that nobody is at and nothing names, but their lease, whose attempt number
+                goes on counting
     unnamed     with --results: finished runs that no model version and no other finished run names
-A run is freed under its own lease, so none begins meanwhile. What has no known age stays. Corpora are not touched.
+A run is freed under its own lease, so none begins meanwhile. What has no known age stays, and so does a run whose
+result cannot be read. Corpora are not touched.
 """
 
 from __future__ import annotations
@@ -57,17 +59,31 @@ def collect(
 ) -> Iterator[Garbage]:
     """What could go, run by run. `named`: digests that model versions name."""
     now = time.time() if now is None else now
-    records = {run.digest: run.result() for run in found}
+    records: dict[str, dict[str, Any] | None] = {}
+    for run in found:
+        try:
+            records[run.digest] = run.result()
+        except store.StoreError as error:
+            say(f"left alone: {error}")
     named = set(named)
+    for run in found:  # What is under way names in its lease what it takes from; once abandoned it no longer counts.
+        if records.get(run.digest) is None and "lease.json" in run.names:
+            age = _age(run, None, now)
+            if run.holder() is not None or (age is not None and age < older_than):
+                named |= set(DIGEST.findall(json.dumps(store.read_json(store.join(run.place, "lease.json")))))
     for digest, record in records.items():  # A result names its inputs and what it took them from.
         named |= {other for other in DIGEST.findall(json.dumps(record)) if other != digest}
     for run in found:
+        if run.digest not in records:
+            continue
         age = _age(run, records[run.digest], now)
         if age is None or age < older_than or run.holder() is not None:
             continue
         objects = list(store.list_objects(run.place))
         inside = {item.uri: item.uri.removeprefix(run.place + "/") for item in objects}
         if records[run.digest] is None:
+            if run.digest in named:  # Its result object was deleted, so that it is made again; its weights are in use.
+                continue
             kind, chosen = "abandoned", [item for item in objects if inside[item.uri] != "lease.json"]
         elif results and run.digest not in named:
             kind, chosen = "unnamed", [item for item in objects if inside[item.uri] != "lease.json"]
@@ -103,7 +119,9 @@ def main(arguments: Sequence[str], prepare: Callable[[], None] = lambda: None) -
     age = parse_age(words[1])
     prepare()
     total = 0
-    for garbage in collect(find(), named_digests() if results else (), age, results):
+    found = find()
+    unfinished = any("result.json" not in run.names for run in found)
+    for garbage in collect(found, named_digests() if results or unfinished else (), age, results):
         verb = "would free" if dry else "freed"
         try:
             if not dry:
@@ -123,9 +141,11 @@ def main(arguments: Sequence[str], prepare: Callable[[], None] = lambda: None) -
 
 def _age(run: Run, record: dict[str, Any] | None, now: float) -> float | None:
     """Since the newest sign of life that a run has left; None if it has left no time at all."""
+    times = [float(run.progress().get("time", 0.0))]  # Of a finished run too: of an `--again` that was interrupted.
     if record is not None:
-        return now - float(record["started"]) - float(record.get("seconds", 0)) if "started" in record else None
-    times = [float(run.progress().get("time", 0.0))]
+        if "started" not in record:
+            return None
+        times.append(float(record["started"]) + float(record.get("seconds", 0)))
     if "lease.json" in run.names:
         times.append(float(store.read_json(store.join(run.place, "lease.json")).get("expires", 0.0)))
     return now - max(times) if max(times) > 0 else None

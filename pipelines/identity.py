@@ -244,6 +244,7 @@ def run_stage(
         if now != seen and (finished := _finished(now, place, label, missing)):  # While we waited for the lease.
             return finished
         attempt = _begin(held, stage, digest, place, now)
+        held.note_sources([identity, config.to_dict(recipe)], digest)
         say(f"{label}: {_verb(attempt)}")
         started = time.time()
         with _terminate_as_interrupt(), _spoiled(held):

@@ -5,8 +5,10 @@ A holder whose process is gone is taken over at once on the same host, and from 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import re
 import socket
 import threading
 import time
@@ -105,6 +107,12 @@ class Lease:
                 self._lost = "another attempt took the lease"
                 break
         self.check()
+
+    def note_sources(self, described: Any, own: str) -> None:
+        """Say what other runs, named by digests anywhere in `described`, this one takes from: `vit gc` keeps them."""
+        found = set(re.findall(r"[0-9a-f]{64}", json.dumps(described, default=str))) - {own}
+        if found and sorted(found) != self.note.get("sources"):
+            self.annotate(sources=sorted(found))
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._renew, name=f"lease {self.what}", daemon=True)

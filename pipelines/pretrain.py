@@ -12,6 +12,7 @@ from pipelines import identity
 from pipelines.config import Strict, input_
 from pipelines.fit import (
     check_choices,
+    check_model,
     check_splits,
     log_pictures,
     metrics_of,
@@ -98,6 +99,7 @@ def run(recipe: PretrainRecipe) -> StageResult:
     corpus = open_corpus(recipe.corpus)
     check_splits(recipe, corpus)
     check_choices(recipe, corpus)
+    check_model(recipe.train, model_config(recipe.model, recipe.resolution), recipe.optimizer)
     with tempfile.TemporaryDirectory(prefix="vit-pretrain-") as folder:
         teacher = fetch_teacher(recipe.distill, recipe.train, corpus, Path(folder))
         inputs = {"corpus": corpus.digest, **named(teacher)}

@@ -41,7 +41,14 @@ class Run:
         return store.join(self.place, "attempts", str(max(self.attempts, default=1)))
 
     def result(self) -> dict[str, Any] | None:
-        return dict(store.read_json(store.join(self.place, "result.json"))) if "result.json" in self.names else None
+        """None: it has none yet. Raises StoreError if what lies there is no result."""
+        if "result.json" not in self.names:
+            return None
+        uri = store.join(self.place, "result.json")
+        record = store.read_json(uri)
+        if not _is_result(record):
+            raise store.StoreError(f"{uri} is no result; delete it and run the same command again")
+        return dict(record)
 
     def progress(self) -> dict[str, Any]:
         try:
@@ -70,9 +77,9 @@ def find(stage: str | None = None) -> list[Run]:
 
 def find_one(prefix: str) -> Run:
     """The run whose digest begins so; RecipeError if there is none, or more than one."""
-    wanted = prefix.rpartition("/")[2].rpartition("-a")[0] or prefix.rpartition("/")[2]
-    wanted = wanted.rpartition("-")[2]  # "pretrain-0123456789ab-a2", as logs name a run.
-    fitting = [run for run in find() if run.digest.startswith(wanted)] if re.fullmatch("[0-9a-f]{4,64}", wanted) else []
+    # "0123", "pretrain-0123456789ab-a2" as logs name a run, or the end of its place.
+    wanted = re.fullmatch(r"(?:[a-z]+-)?([0-9a-f]{4,64})(?:-a\d+(?:-r\d+)?)?", prefix.rpartition("/")[2])
+    fitting = [run for run in find() if run.digest.startswith(wanted[1])] if wanted else []
     if len(fitting) == 1:
         return fitting[0]
     if not fitting:
@@ -87,7 +94,12 @@ def lines(found: Sequence[Run], now: float | None = None) -> Iterator[str]:
     width = max((len(run.stage) for run in found), default=0)
     for run in found:
         head = f"{run.stage:<{width}}  {run.digest[:12]}"
-        if record := run.result():
+        try:
+            record = run.result()
+        except store.StoreError as error:
+            yield f"{head}  damaged     {error}"
+            continue
+        if record:
             made = f"{_ago(now - float(record.get('started', now)))} ago, {float(record.get('seconds', 0)):.0f} s"
             yield f"{head}  finished    {made}  {_shown(record['result'].get('metrics', {}))}".rstrip()
             continue
@@ -106,8 +118,10 @@ def tail(run: Run, follow: Callable[[], None] = lambda: time.sleep(EVERY_SECONDS
     seen, last = 0, None
     while True:
         progress = run.progress()
-        yield from progress.get("notes", ())[seen:]
-        seen = len(progress.get("notes", ()))
+        notes = progress.get("notes", ())
+        noted = int(progress.get("noted", len(notes)))  # The oldest are not kept.
+        yield from notes[max(0, len(notes) - (noted - seen)) :] if noted >= seen else notes
+        seen = noted
         if progress.get("step") != last and "step" in progress:
             last = progress["step"]
             yield f"step {last:,}  {_shown({**progress.get('metrics', {}), **progress.get('validation', {})})}".rstrip()
@@ -178,6 +192,15 @@ def main(arguments: Sequence[str], prepare: Callable[[], None] = lambda: None) -
     for line in tail(chosen[0]) if verb == "tail" else compare(*chosen):
         say(line)
     return 0
+
+
+def _is_result(record: Any) -> bool:
+    """Whether it has the parts that a list of runs shows; `identity.run_stage` writes no other."""
+    if not isinstance(record, dict) or not isinstance(record.get("result"), dict):
+        return False
+    metrics = record["result"].get("metrics", {})
+    times = [record[name] for name in ("started", "seconds") if name in record]
+    return isinstance(metrics, dict) and all(isinstance(value, int | float) for value in [*metrics.values(), *times])
 
 
 def _shown(metrics: dict[str, float]) -> str:

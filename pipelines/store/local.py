@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 
 from pipelines.store.errors import Conflict, NotFound, ObjectInfo, StoreError, Unreadable, ends_early
 
@@ -65,8 +66,10 @@ def stat(uri: str) -> ObjectInfo:
         status = Path(uri).stat()
     except (FileNotFoundError, NotADirectoryError):
         raise NotFound(f"no such file: {uri}") from None
-    except OSError as error:
+    except OSError as error:  # A loop of links.
         raise Unreadable(f"cannot read {uri}: {error.strerror or error}") from error
+    if not (S_ISREG(status.st_mode) or S_ISDIR(status.st_mode)):
+        raise Unreadable(f"cannot read {uri}: it is a pipe, socket or device")
     return ObjectInfo(uri, status.st_size, etag_of(status))
 
 

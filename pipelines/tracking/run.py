@@ -72,12 +72,16 @@ class Run:
         """Queue points; a thread sends them. Costs microseconds, also while the server is down."""
         self._sender.add(values, step)
 
-    def last_step(self, key: str) -> int:
-        """The last step at which MLflow has `key`, -1 if it has none: a resumed stage logs only what comes after."""
+    def last_steps(self) -> dict[str, int]:
+        """The last step at which MLflow has each curve: a resumed stage logs only what comes after."""
         self._sender.send()
         data = _ask(lambda: self.client.get_run(self.id)).data
         # The only cheap way to the step: the public `data.metrics` drops it, the history has every point.
-        return max((int(metric.step) for metric in data._metric_objs if metric.key == key), default=-1)
+        return {metric.key: int(metric.step) for metric in data._metric_objs}
+
+    def last_step(self, key: str) -> int:
+        """Of one curve; -1 if MLflow has none."""
+        return self.last_steps().get(key, -1)
 
     def history(self, key: str) -> list[tuple[int, float]]:
         """Points of a curve as MLflow has them, by step; empty where it has none or does not answer."""

@@ -12,13 +12,10 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import re
-import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,9 +23,10 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from pipelines import store
+from pipelines.training.checkpoint_state import problem_of
 from pipelines.training.layout import WHOLE, Layout, Part
 
-__all__ = ["AsyncSaver", "CheckpointError", "Checkpoints", "Found", "Loaded", "Place"]
+__all__ = ["CheckpointError", "Checkpoints", "Found", "Loaded", "Place"]
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +35,6 @@ TENSORS = Layout().file_name(0)  # Where nothing is cut.
 STATE = "state.json"
 MANIFEST = "manifest.json"
 PART_SECONDS = 600.0  # That the first part waits for the others.
-NICE = 10  # Added for the thread that uploads: a tenth of a core that training wants too.
 MAX_JSON_BYTES = 16 << 20  # A manifest is some hundred bytes; more is not ours.
 
 
@@ -85,6 +82,7 @@ class Checkpoints:
     def __init__(self, place: Place, keep: int = 2, part: Part = WHOLE) -> None:
         """`part`: of the cut tensors, what this rank holds: what it saves, and what it has loaded."""
         self.place, self.keep, self.part = place, keep, part
+        self._refused: set[str] = set()  # Seen not to be whole: none of the `keep` that stay.
         self._pattern = re.compile(rf"{re.escape(place.root)}/attempts/(\d+)/checkpoints/(\d+)/([^/]+)$")
 
     def found(self) -> list[Found]:
@@ -114,12 +112,16 @@ class Checkpoints:
         return None
 
     def newest_state(self) -> dict[str, Any]:
-        """state.json of the newest checkpoint, as it stands; empty if there is none to read."""
-        for found in self.found()[:1]:
+        """state.json of the newest checkpoint that has one as its manifest says; empty if there is none.
+
+        Its tensors are not looked at: where they are torn, the one before is of the same order and engine.
+        """
+        for found in self.found():
             try:
-                return dict(store.read_json(store.join(found.uri, STATE)))
-            except (store.StoreError, TypeError, ValueError):
-                break
+                with tempfile.TemporaryDirectory(prefix="vit-state-") as folder:
+                    return self._state(found, self._manifest(found), Path(folder))
+            except CheckpointError as error:
+                log.warning("%s; looking at the one before", error)
         return {}
 
     def at(self, attempt: int, step: int) -> Loaded:
@@ -128,26 +130,41 @@ class Checkpoints:
 
     def load(self, found: Found) -> Loaded:
         """Download what this part needs and verify it; raises CheckpointError."""
+        try:
+            return self._load(found)
+        except CheckpointError:
+            self.refuse(found)
+            raise
+
+    def refuse(self, found: Found) -> None:
+        """It is not whole, as this or another rank has seen: it is no longer one of the `keep`."""
+        self._refused.add(found.uri)
+
+    def _load(self, found: Found) -> Loaded:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         manifest = self._manifest(found)
         with tempfile.TemporaryDirectory(prefix="vit-checkpoint-") as folder:
-            path = self._verified(found, STATE, manifest[STATE], Path(folder))
-            state = _parse(path.read_bytes(), store.join(found.uri, STATE))
+            state = self._state(found, manifest, Path(folder))
             layout = _layout(state, manifest, found)
             files = {index: layout.file_name(index) for index in layout.needed(self.part)}
             paths = {index: self._verified(found, name, manifest[name], Path(folder)) for index, name in files.items()}
             try:
                 read = {index: load_file(path) for index, path in paths.items()}
                 tensors = {name: tensor.clone() for name, tensor in layout.join(read, self.part).items()}
-            except (SafetensorError, OSError, ValueError, KeyError) as error:
+            except (SafetensorError, OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
                 raise CheckpointError(f"the tensors of {found.uri} are not safetensors as written ({error})") from None
-        if state.get("step") != found.step:
-            raise CheckpointError(
-                f"{store.join(found.uri, STATE)} says step {state.get('step')}, its place {found.step}"
-            )
         return Loaded(found, tensors, state)
+
+    def _state(self, found: Found, manifest: Mapping[str, Mapping[str, Any]], folder: Path) -> dict[str, Any]:
+        uri = store.join(found.uri, STATE)
+        state = _parse(self._verified(found, STATE, manifest[STATE], folder).read_bytes(), uri)
+        if state.get("step") != found.step:
+            raise CheckpointError(f"{uri} says step {state.get('step')}, its place {found.step}")
+        if problem := problem_of(state):
+            raise CheckpointError(f"{uri}: {problem}")
+        return state
 
     def _manifest(self, found: Found) -> dict[str, dict[str, Any]]:
         uri = store.join(found.uri, MANIFEST)
@@ -155,8 +172,8 @@ class Checkpoints:
             if store.stat(uri).size > MAX_JSON_BYTES:
                 raise CheckpointError(f"{uri} is too large for a manifest")
             manifest = _parse(store.read(uri), uri)
-        except store.NotFound:
-            raise CheckpointError(f"{uri} is missing") from None
+        except (store.NotFound, store.Unreadable) as error:
+            raise CheckpointError(_not_there(uri, error)) from None
         if manifest.get("format") != FORMAT:
             raise CheckpointError(f"{uri} has format {manifest.get('format')!r}, this code reads {FORMAT}")
         if manifest.get("digest") != self.place.digest or manifest.get("step") != found.step:
@@ -169,12 +186,12 @@ class Checkpoints:
     def _verified(self, found: Found, name: str, wanted: Mapping[str, Any], folder: Path) -> Path:
         uri = store.join(found.uri, name)
         try:
+            size = store.stat(uri).size  # First: nothing is downloaded that is not as large as what was written.
+            if size != wanted.get("size"):
+                raise CheckpointError(f"{uri} has {size} bytes, its manifest says {wanted.get('size')}")
             path = store.download(uri, folder / name)
-        except store.NotFound:
-            raise CheckpointError(f"{uri} is missing") from None
-        size = path.stat().st_size
-        if size != wanted.get("size"):
-            raise CheckpointError(f"{uri} has {size} bytes, its manifest says {wanted.get('size')}")
+        except (store.NotFound, store.Unreadable) as error:
+            raise CheckpointError(_not_there(uri, error)) from None
         if _sha256(path) != wanted.get("sha256"):
             raise CheckpointError(f"{uri} does not match the sha256 of its manifest")
         return path
@@ -195,6 +212,7 @@ class Checkpoints:
         from safetensors.torch import save_file
 
         found = Found(self._uri(self.place.number, step), step, self.place.number)
+        self._refused.discard(found.uri)
         layout = Layout(self.part.count, rows or {})
         with tempfile.TemporaryDirectory(prefix="vit-checkpoint-") as folder:
             path = Path(folder) / layout.file_name(self.part.index)
@@ -250,8 +268,8 @@ class Checkpoints:
             if any(store.stat(store.join(newest.uri, name)).size != size for name, size in sizes.items()):
                 log.warning("%s does not stand in the store as it was written; older checkpoints stay", newest.uri)
                 return
-            committed = self.found()
-            kept = {found.uri for found in committed[: self.keep]} | {newest.uri}
+            good = [found for found in self.found() if found.uri not in self._refused]
+            kept = {found.uri for found in good[: self.keep]} | {newest.uri}
             for found, names in list(self._listed()):
                 # A folder without manifest is an upload in progress if it is ours and newer, else an orphan.
                 if found.uri in kept or (found.attempt == newest.attempt and found.step > newest.step):
@@ -262,71 +280,19 @@ class Checkpoints:
             log.warning("old checkpoints could not be swept: %s", error)
 
 
-class AsyncSaver:
-    """Uploads in a thread, one at a time; the loop pauses only for the copy of the tensors."""
-
-    def __init__(self, checkpoints: Checkpoints, committed: Callable[[Found], None] = lambda _: None) -> None:
-        self._checkpoints, self._committed = checkpoints, committed
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-
-    @property
-    def busy(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
-
-    def save(
-        self,
-        step: int,
-        tensors: Mapping[str, Tensor],
-        state: Mapping[str, Any],
-        rows: Mapping[str, int] | None = None,
-        token: str = "",
-    ) -> None:
-        """Start the upload of these CPU tensors, after the one under way. Raises what the one before ended with."""
-        self.wait()
-        arguments = (step, tensors, state, rows, token)
-        self._thread = threading.Thread(target=self._run, args=arguments, name=f"checkpoint {step}")
-        self._thread.start()
-
-    def _run(self, *arguments: Any) -> None:
-        _yield_to_training()
-        try:
-            if (found := self._checkpoints.save(*arguments)) is not None:
-                self._committed(found)
-        except BaseException as error:
-            self._error = error
-
-    def wait(self) -> None:
-        """Until the upload under way has ended. Raises its error once."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        self.poll()
-
-    def poll(self) -> None:
-        """Raise the error of the last upload, if it had one."""
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-
-
-def _yield_to_training() -> None:
-    """Where cores are short, this thread takes what training leaves of them. Only Linux can say so of a thread."""
-    if sys.platform == "linux":
-        thread = threading.get_native_id()
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + NICE))
-
-
 def _layout(state: Mapping[str, Any], manifest: Mapping[str, Any], found: Found) -> Layout:
     """The layout that the state tells; the manifest must list exactly its files."""
     try:
         layout = Layout.from_json(state.get("layout", {"files": 1}))
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{store.join(found.uri, STATE)}: {error}") from None
     if set(manifest) != {STATE, *(layout.file_name(index) for index in range(layout.files))}:
         raise CheckpointError(f"the manifest of {found.uri} does not list {STATE} and {layout.files} files of tensors")
     return layout
+
+
+def _not_there(uri: str, error: store.StoreError) -> str:
+    return f"{uri} is missing" if isinstance(error, store.NotFound) else str(error)
 
 
 def _parse(data: bytes, uri: str) -> dict[str, Any]:

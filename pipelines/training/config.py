@@ -72,6 +72,10 @@ class ModelConfig(Strict):
             raise ValueError(
                 f"model has neither a variant nor {', '.join(missing)}; give variant: B/16, or all five sizes"
             )
+        for name in ("dropout", "patch_dropout", "attention_dropout", "drop_path"):
+            share = getattr(self, name)
+            if share is not None and not 0 <= share < 1:
+                raise ValueError(f"{name}={share} is outside 0 <= {name} < 1; 0 disables it")
 
     def overrides(self) -> dict[str, Any]:
         """The fields of the model's config that were given."""
@@ -106,7 +110,7 @@ class DistillConfig(Strict):
             raise ValueError(
                 f"weight={self.weight} is outside 0 < w <= 1; leave distill out to learn from labels alone"
             )
-        if not self.temperature > 0:
+        if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature={self.temperature} is not above 0; 1 leaves the probabilities as they are")
         if self.target == "hard" and self.temperature != 1.0:
             raise ValueError(f"temperature={self.temperature} has no effect with target: hard; remove it")
@@ -194,16 +198,14 @@ class TrainConfig(Strict):
             raise ValueError(f"batch_size={self.batch_size} is less than one image; give 1 or more")
         if (self.epochs is None) == (self.total_steps is None):
             raise ValueError(f"epochs={self.epochs} and total_steps={self.total_steps}: give exactly one of them")
-        if self.epochs is not None and not self.epochs > 0:
-            raise ValueError(f"epochs={self.epochs} trains nothing; give a number above 0")
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise ValueError(f"epochs={self.epochs} is no number of epochs to train for; give a number above 0")
         if self.total_steps is not None and self.total_steps < 1:
             raise ValueError(f"total_steps={self.total_steps} trains nothing; give 1 or more")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing={self.label_smoothing} is outside 0 <= s < 1; 0 disables it")
-        if self.grad_clip is not None and not self.grad_clip > 0:
-            raise ValueError(
-                f"grad_clip={self.grad_clip} would stop all learning; give a norm above 0, or null to disable"
-            )
+        if self.grad_clip is not None and not 0 < self.grad_clip < math.inf:
+            raise ValueError(f"grad_clip={self.grad_clip} is no norm above 0; 1 is usual, null disables it")
 
     def steps(self, num_images: int) -> int:
         """Optimizer updates over a split of `num_images`; a started batch counts, training has no last batch."""
@@ -241,6 +243,8 @@ class ValidationConfig(Strict):
     def __post_init__(self) -> None:
         if self.every_epochs is not None and not self.every_epochs > 0:
             raise ValueError(f"every_epochs={self.every_epochs} is not above 0; null validates only at the end")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size} is less than one image; 500 is usual")
         if self.best is not None and self.split is None:
             raise ValueError("best needs a split to measure on; set split, or leave best out")
         if self.best is not None and self.every_epochs not in (None, 1.0):
@@ -266,7 +270,7 @@ class CheckpointConfig(Strict):
     def __post_init__(self) -> None:
         if self.keep < 1:
             raise ValueError(
-                f"keep={self.keep} would delete the only good checkpoint; give 1 or more (2 survives a torn one)"
+                f"keep={self.keep} would leave nothing to resume from; give 1 or more (2 survives a torn one)"
             )
         if not self.every_seconds > 0:
             raise ValueError(f"every_seconds={self.every_seconds} is not above 0; 60 is usual")
@@ -309,6 +313,13 @@ class WorkerConfig(Strict):
     resize_seconds: float = how(default=60.0)  # Of a range: a group works for so long before it makes way for a larger.
     log_every_steps: int = how(default=20)  # Steps between two points in the curves.
     hang_seconds: float | None = how(default=900.0)  # A worker without a step for so long writes its stacks and ends.
+    node_load_seconds: float | None = how(default=10.0)  # Between two points of each node's load; null: none.
+    dollars_per_hour: float | None = how(
+        default=None
+    )  # Of one worker; null: the list price of a known GPU, else no cost.
+    peak_tflops: float | None = how(
+        default=None
+    )  # Of one device, for mfu; null: a known GPU's data sheet, else no mfu.
 
     def __post_init__(self) -> None:
         if self.hang_seconds is not None and not self.hang_seconds > 0:
@@ -317,8 +328,16 @@ class WorkerConfig(Strict):
             raise ValueError(f"count={list(self.count)} is no range of workers; give [fewest, most], as in [1, 8]")
         if isinstance(self.count, int) and self.count < 1:
             raise ValueError(f"count={self.count} workers cannot train; give 1 or more, or null to choose")
-        if self.resize_seconds < 0:
+        if self.max_failures < 0:
+            raise ValueError(f"max_failures={self.max_failures} is negative; 0 starts the workers once")
+        if not 0 <= self.cpus < math.inf:
+            raise ValueError(f"cpus={self.cpus} is no number of CPUs; 0.05 is usual on one machine")
+        if not self.resize_seconds >= 0:
             raise ValueError(f"resize_seconds={self.resize_seconds} is below 0; 60 is usual")
+        for name in ("node_load_seconds", "dollars_per_hour", "peak_tflops"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}={value} is not above 0 and finite; null leaves it out")
         if self.log_every_steps < 1:
             raise ValueError(f"log_every_steps={self.log_every_steps} is less than one step; 20 is usual")
 

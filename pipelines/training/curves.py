@@ -10,7 +10,7 @@ __all__ = ["Curves", "FreshPoints"]
 class Curves(Protocol):
     """What is needed of a tracking run (pipelines.tracking.run.Run)."""
 
-    def last_step(self, key: str) -> int: ...
+    def last_steps(self) -> dict[str, int]: ...
     def log_metrics(self, values: dict[str, float], step: int) -> None: ...
     def flush(self) -> bool: ...
 
@@ -20,15 +20,16 @@ class FreshPoints:
 
     def __init__(self, run: Curves) -> None:
         self._run = run
-        self._last: dict[str, int] = {}  # Last step of each key that MLflow has or will be sent.
+        self._last: dict[str, int] | None = None  # Last step of each key that MLflow has or will be sent.
 
     def __call__(self, values: dict[str, float], step: int) -> None:
-        for key in values.keys() - self._last.keys():
-            self._last[key] = self._run.last_step(key)
-        fresh = {key: value for key, value in values.items() if step > self._last[key]}
+        if self._last is None:
+            self._last = self._run.last_steps()  # Once: from here on nobody else writes this run.
+        last = self._last
+        fresh = {key: value for key, value in values.items() if step > last.get(key, -1)}
         if fresh:
             self._run.log_metrics(fresh, step)
-            self._last.update(dict.fromkeys(fresh, step))
+            last.update(dict.fromkeys(fresh, step))
 
     def flush(self) -> bool:
         return self._run.flush()

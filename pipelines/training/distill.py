@@ -1,4 +1,7 @@
-"""Distillation: the teacher sees the very pixels of the student, augmentation and all (arXiv 2106.05237)."""
+"""Distillation: the teacher sees the pixels of the student, augmentation and all (arXiv 2106.05237), and whole images.
+
+Where the student sees smaller ones (packing, progressive resolution) the teacher still sees all of each image.
+"""
 
 from __future__ import annotations
 

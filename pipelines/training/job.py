@@ -81,9 +81,12 @@ def build_session(
     local_size: int = 1,
     *,
     node: str = "",
+    reads_node: bool = True,
     watch: Callable[[Batch], None] | None = None,
 ) -> Session:
     """Join the parts: model, optimizer, reader, tracking. `local_size`: workers of this node, `node` its id.
+
+    `reads_node`: this worker is the one of its node that tells of the node's load.
 
     `watch` is called with this rank's part of each step before it is trained on.
     """
@@ -93,6 +96,7 @@ def build_session(
     from pipelines.reader.engines import EngineError, require
     from pipelines.reader.loader import DeviceBatches, changes_of, eval_batches, train_batches
     from pipelines.training.build import build_state
+    from pipelines.training.hardware import list_price, peak_flops
     from pipelines.training.loop import LoopConfig
     from pipelines.training.objective import Objective, class_weight_tensor
     from pipelines.training.session import Session, SessionConfig
@@ -109,6 +113,7 @@ def build_session(
     batch_size = job.validation.batch_size // ranks.world_size * ranks.world_size or ranks.world_size
 
     pinned = ranks.device.type == "cuda"
+    device_name = torch.cuda.get_device_name(ranks.device) if pinned else ""
     opened: list[DeviceBatches] = []  # The training stream, to ask it what was bad.
 
     def training(start_step: int, order: Mapping[str, Any]) -> Any:
@@ -179,6 +184,7 @@ def build_session(
                 log_every_steps=job.workers.log_every_steps,
                 validate_every_steps=job.validation.every_steps(job.num_images, job.train.batch_size),
                 macs_per_image=job.macs_per_image,
+                peak_flops=1e12 * job.workers.peak_tflops if job.workers.peak_tflops else peak_flops(device_name),
             ),
             order={
                 "corpus": corpus.digest,
@@ -193,6 +199,8 @@ def build_session(
             num_classes=num_classes,
             best=job.validation.best,
             hang_seconds=job.workers.hang_seconds,
+            node_load_seconds=job.workers.node_load_seconds,
+            dollars_per_hour=job.workers.dollars_per_hour or list_price(device_name),
         ),
         build_state(model, job.train, job.optimizer, ranks, job.parallel, local_size),
         ranks,
@@ -211,6 +219,7 @@ def build_session(
         bad_samples=lambda: opened[0].stats().by_reason(),
         is_noticed=is_noticed,
         node=node,
+        reads_node=reads_node,
     )
 
 

@@ -26,6 +26,7 @@ class Part:
 
 
 WHOLE = Part()
+MOST_ROWS = 1 << 40
 
 
 def rows_of(part: Part, rows: int) -> slice:
@@ -51,7 +52,10 @@ class Layout:
         files, rows = value.get("files"), value.get("rows", {})
         if not isinstance(files, int) or not 1 <= files <= 1 << 16 or not isinstance(rows, dict):
             raise ValueError(f"layout of {files!r} files is none of ours")
-        return cls(files, {str(name): int(count) for name, count in rows.items()})
+        for name, count in rows.items():
+            if type(count) is not int or not 0 < count <= MOST_ROWS:
+                raise ValueError(f"{count!r} rows of {name} are none of ours")
+        return cls(files, dict(rows))
 
     def file_name(self, index: int) -> str:
         return f"tensors-{index:05d}-of-{self.files:05d}.safetensors"
@@ -69,7 +73,10 @@ class Layout:
         return sorted(wanted)
 
     def join(self, tensors: Mapping[int, Mapping[str, Tensor]], part: Part) -> dict[str, Tensor]:
-        """From the tensors of the needed files the rows of a part. Raises KeyError if one is missing."""
+        """From the tensors of the needed files the rows of a part.
+
+        Raises KeyError if one is missing, ValueError if a file does not have the rows that it should.
+        """
         import torch
 
         found = {name: tensor for name, tensor in tensors[0].items() if name not in self.rows}
@@ -77,6 +84,9 @@ class Layout:
             ours, pieces = rows_of(part, rows), []
             for index, there in self._places(rows):
                 if common := _overlap(there, ours):
+                    has = tuple(tensors[index][name].shape)
+                    if has[:1] != (there.stop - there.start,):
+                        raise ValueError(f"{name} of file {index} is {has}, not {there.stop - there.start} rows")
                     pieces.append(tensors[index][name][common.start - there.start : common.stop - there.start])
             if pieces:
                 found[name] = torch.cat(pieces) if len(pieces) > 1 else pieces[0]

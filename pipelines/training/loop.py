@@ -34,6 +34,7 @@ class LoopConfig:
     log_every_steps: int = 20
     validate_every_steps: int | None = None
     macs_per_image: int = 0
+    peak_flops: float | None = None  # FLOP/s of one device by its data sheet, for mfu.
 
 
 class NotFinite(TrainingError):
@@ -80,7 +81,7 @@ def train(
     `left_out`: steps whose batch is read and whose update is not made. Raises NotFinite, TrainingError.
     """
     update = Stepper(state, config.train, ranks, prepare, objective, pieces, config.total_steps)
-    window = Window(ranks, config.train.batch_size, config.macs_per_image)
+    window = Window(ranks, config.train.batch_size, config.macs_per_image, config.peak_flops)
     state.model.train()
     with _CollectionUnderControl():
         for batch in _in_order(batches, state, window):

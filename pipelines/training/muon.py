@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -34,7 +34,16 @@ def orthogonal(matrices: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """For the matrices inside the blocks alone; the rest belongs to AdamW."""
 
-    def __init__(self, groups: Iterable[dict[str, Any]], lr: float, momentum: float, weight_decay: float) -> None:
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        fused: Collection[Tensor] = (),
+    ) -> None:
+        """`fused`: those that are q, k and v in one matrix; the paper has three, and so three are orthogonalised."""
+        self._fused = {id(parameter) for parameter in fused}
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -56,12 +65,12 @@ class Muon(torch.optim.Optimizer):
                     part.add_(update.mT if tall else update, alpha=-group["lr"] * scale)
 
     def _parts(self, parameter: Tensor, momentum: float) -> list[tuple[Tensor, Tensor]]:
-        """The matrix and its update; q, k, v fused in one matrix are three, as the paper has them."""
+        """The matrix and its update, or those of the three that are fused in it."""
         assert parameter.grad is not None
         state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
         buffer = state["momentum_buffer"].lerp_(parameter.grad, 1.0 - momentum)
         update = parameter.grad.lerp(buffer, momentum)  # Nesterov
-        pieces = 3 if parameter.shape[0] == 3 * parameter.shape[1] else 1
+        pieces = 3 if id(parameter) in self._fused else 1
         return list(zip(parameter.detach().chunk(pieces), update.chunk(pieces), strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -52,6 +53,8 @@ class Sgd(Strict):
 
     def __post_init__(self) -> None:
         _check(self)
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov=True has no effect with momentum=0; give a momentum, 0.9 is usual")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,8 +71,8 @@ class MuonAdamW(Strict):
 
     def __post_init__(self) -> None:
         _check(self)
-        if not self.adamw_lr > 0:
-            raise ValueError(f"adamw_lr={self.adamw_lr} is not above 0; 2e-3 is usual for small models")
+        if not 0 < self.adamw_lr < math.inf:
+            raise ValueError(f"adamw_lr={self.adamw_lr} is no rate above 0; 2e-3 is usual for small models")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,6 +107,11 @@ class Lamb(Strict):
 
     def __post_init__(self) -> None:
         _check(self)
+        if not self.weight_decay:
+            raise ValueError(
+                "weight_decay=0 turns LAMB into Adam: the length of a step is set only where weight decay acts; give a"
+                " weight decay, 0.05 is usual, or take kind: adam"
+            )
 
 
 AnyOptimizer = AdamW | Adam | Sgd | MuonAdamW | ScheduleFree | Lamb
@@ -111,10 +119,13 @@ OptimizerConfig = Annotated[AnyOptimizer, BY_KIND]
 
 
 def _check(config: AnyOptimizer) -> None:
-    if not config.peak_lr > 0:
-        raise ValueError(f"peak_lr={config.peak_lr} is not above 0; nothing would be learned")
-    if getattr(config, "weight_decay", 0.0) < 0:
-        raise ValueError(f"weight_decay={config.weight_decay} is negative; 0 disables it")  # type: ignore[union-attr]
+    if not 0 < config.peak_lr < math.inf:
+        raise ValueError(f"peak_lr={config.peak_lr} is no rate above 0; nothing would be learned")
+    weight_decay, eps = getattr(config, "weight_decay", 0.0), getattr(config, "eps", 1e-8)
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay={weight_decay} is not 0 or more (negative, or no number); 0 disables it")
+    if not 0 < eps < 1:
+        raise ValueError(f"eps={eps} is outside 0 < eps < 1; 1e-8 is usual")
     for name in ("momentum", "betas"):
         values = getattr(config, name, ())
         for value in values if isinstance(values, tuple) else (values,):

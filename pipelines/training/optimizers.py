@@ -15,9 +15,9 @@ from torch import nn
 from pipelines.training.config import Adam, AdamW, AnyOptimizer, Lamb, MuonAdamW, ScheduleFree, Sgd
 from pipelines.training.lamb import Lamb as LambOptimizer
 from pipelines.training.muon import Muon
-from pipelines.training.schedule_free import ScheduleFreeAdamW
+from pipelines.training.schedule_free import ON_CPU, ScheduleFreeAdamW
 
-__all__ = ["build_optimizers", "is_block_matrix", "is_kernel", "layer_of", "set_lr"]
+__all__ = ["build_optimizers", "is_block_matrix", "is_kernel", "layer_of", "set_lr", "slots_of"]
 
 STEM = ("patch_embedding", "position_embedding", "class_token", "registers", "mask_token", "stem", "root")
 
@@ -76,7 +76,13 @@ def build_optimizers(
             built = (ScheduleFreeAdamW(groups, config.peak_lr, config.betas, config.eps, config.weight_decay),)
         case MuonAdamW():
             built = (
-                Muon([{"params": list(matrices.values())}], config.peak_lr, config.momentum, config.weight_decay),
+                Muon(
+                    [{"params": list(matrices.values())}],
+                    config.peak_lr,
+                    config.momentum,
+                    config.weight_decay,
+                    fused=[matrix for name, matrix in matrices.items() if name.endswith(".qkv.weight")],
+                ),
                 torch.optim.AdamW(groups, lr=config.adamw_lr, betas=config.betas, eps=config.eps, fused=True),
             )
     for optimizer in built:
@@ -99,6 +105,24 @@ def _groups(parameters: Mapping[str, nn.Parameter], config: AnyOptimizer, depth:
             group["lr"] = config.peak_lr * layer_decay ** (depth + 1 - layer)
         group["params"].append(parameter)
     return [made[key] for key in sorted(made)]
+
+
+def slots_of(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, torch.Size]:
+    """What the optimizer keeps of a parameter after its first step, and in what shape.
+
+    The fused kernels do not look: a stored slot of another shape would have them write past its end.
+    """
+    like, number = parameter.shape, torch.Size([])
+    match optimizer:
+        case ScheduleFreeAdamW():
+            return {"z": like, "exp_avg_sq": like, ON_CPU: torch.Size([3])}
+        case Muon():
+            return {"momentum_buffer": like}
+        case torch.optim.SGD():
+            return {"momentum_buffer": like} if optimizer.defaults["momentum"] else {}
+        case torch.optim.Adam() | LambOptimizer():  # AdamW is an Adam.
+            return {"step": number, "exp_avg": like, "exp_avg_sq": like}
+    raise TypeError(f"{type(optimizer).__name__}: not known what it keeps")
 
 
 def set_lr(optimizers: tuple[torch.optim.Optimizer, ...], lr: float) -> None:

@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from pipelines.training.config import ParallelConfig
 from pipelines.training.layout import Part, rows_of
 from pipelines.training.parallel import Ranks
+from pipelines.training.schedule_free import ON_CPU
 
 __all__ = ["ParameterSharding", "group_count"]
+
+SAME_EVERYWHERE = ("step", ON_CPU)  # Slots of an optimizer that count steps: never cut, whatever their shape.
 
 
 def group_count(config: ParallelConfig, ranks: Ranks, local_size: int) -> int:
@@ -102,8 +105,7 @@ class ParameterSharding:
         for key in tensors:
             _, name, *slot = key.split("/")
             shape = self._shapes.get(name)
-            # A slot of another shape, such as Adam's step, is the same on all ranks.
-            if shape is not None and (not slot or tensors[key].shape == self.weights[name].shape):
+            if shape is not None and (not slot or slot[0] not in SAME_EVERYWHERE):
                 found[key] = shape[0] if len(shape) else 1
         return found
 
@@ -125,8 +127,10 @@ class ParameterSharding:
         """This rank's rows of tensors that may be whole, as a checkpoint of uncut weights has them."""
         found: dict[str, Tensor] = {}
         for key, tensor in tensors.items():
-            shape = self._shapes.get(key.split("/")[1])
-            found[key] = tensor[rows_of(self.part, shape[0])] if shape is not None and tensor.shape == shape else tensor
+            _, name, *slot = key.split("/")
+            shape = self._shapes.get(name)
+            whole = shape is not None and tensor.shape == shape and not (slot and slot[0] in SAME_EVERYWHERE)
+            found[key] = tensor[rows_of(self.part, shape[0])] if shape is not None and whole else tensor
         for kind in {key.split("/")[0] for key in tensors} - {"optimizer"}:
             for name, weight in self.weights.items():  # Of a tensor with fewer rows than ranks, the last have none.
                 if not weight.numel():

@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 EVERY_SECONDS = 1.0
 FLUSH_SECONDS = 30.0
+MOST_NOTES = 50  # The newest; `noted` counts all.
 
 Log = Callable[[dict[str, float], int], None]  # values, step; with a method `flush() -> bool` if it buffers
 OpenLog = Callable[[], AbstractContextManager[Log]]
@@ -66,7 +67,8 @@ class Reporter:
         """One line that the driver shows to the user."""
         with self._lock:
             before = self._progress or {}
-            self._progress = {**before, "notes": [*before.get("notes", ()), text][-50:], "time": time.time()}
+            notes = [*before.get("notes", ()), text][-MOST_NOTES:]
+            self._progress = {**before, "notes": notes, "noted": before.get("noted", 0) + 1, "time": time.time()}
 
     def unsent(self) -> list[tuple[dict[str, float], int]]:
         """Points that tracking has not confirmed. A checkpoint keeps them: its steps are never logged again."""

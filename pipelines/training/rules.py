@@ -10,10 +10,11 @@ from pipelines.training.config import (
     ScheduleFree,
     TrainConfig,
     ValidationConfig,
+    WorkerConfig,
 )
 from pipelines.training.schedules import ScheduleConfig
 
-__all__ = ["check_together"]
+__all__ = ["check_together", "check_workers"]
 
 
 def check_together(
@@ -22,8 +23,14 @@ def check_together(
     schedule: ScheduleConfig,
     validation: ValidationConfig,
     parallel: ParallelConfig,
+    workers: WorkerConfig | None = None,
 ) -> None:
     """Raises ValueError with the remedy for the first pair that does not fit."""
+    if schedule.end_lr > optimizer.peak_lr:
+        raise ValueError(
+            f"schedule.end_lr={schedule.end_lr} is above optimizer.peak_lr={optimizer.peak_lr}: the rate would rise to"
+            " the end; lower it, 0 is usual"
+        )
     best = validation.best
     if train.export == "best" and best is None:
         raise ValueError("train.export: best needs validation.best; add validation: {best: {}}, or export: last")
@@ -42,4 +49,25 @@ def check_together(
         raise ValueError(
             f"optimizer kind: {optimizer.kind} needs whole {whole}, parallel.kind={parallel.kind} cuts them; use ddp or"
             " adamw"
+        )
+    if workers is not None and workers.count is not None:
+        check_workers(
+            parallel, *(workers.count if isinstance(workers.count, tuple) else (workers.count, workers.count))
+        )
+
+
+def check_workers(parallel: ParallelConfig, fewest: int, most: int) -> None:
+    """Whether any number of workers from `fewest` to `most` can share the weights as `parallel` asks."""
+    if parallel.kind == "ddp":
+        return
+    if fewest < 2:
+        raise ValueError(
+            f"parallel.kind={parallel.kind} cuts the weights over workers and there may be one alone; give"
+            f" workers.count: {2 if fewest == most else [2, max(2, most)]} or more, or take kind: ddp"
+        )
+    if parallel.replicas is not None and any(count % parallel.replicas for count in range(fewest, most + 1)):
+        which = f"{fewest} workers" if fewest == most else f"every number of workers from {fewest} to {most}"
+        raise ValueError(
+            f"parallel.replicas={parallel.replicas} does not divide {which}; give the number of nodes, and a fixed"
+            " workers.count that it divides"
         )

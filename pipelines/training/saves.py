@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from pipelines import identity, store
-from pipelines.training.checkpoint import AsyncSaver, CheckpointError, Checkpoints, Found, Loaded
+from pipelines.training.async_saver import AsyncSaver
+from pipelines.training.checkpoint import CheckpointError, Checkpoints, Found, Loaded
 from pipelines.training.config import CheckpointConfig
 from pipelines.training.parallel import Gradients, Ranks
 from pipelines.training.reporter import Reporter
-from pipelines.training.state import TrainState
+from pipelines.training.state import StateError, TrainState
 
 __all__ = ["Saves"]
 
@@ -43,6 +44,7 @@ class Saves:
         self._checkpoints = Checkpoints(attempt, config.keep, gradients.part)
         self._saver = AsyncSaver(self._checkpoints, self._committed)
         self._saved_at = time.monotonic()
+        self._saved_step = -1
 
     @property
     def is_cut(self) -> bool:
@@ -64,11 +66,15 @@ class Saves:
             loaded: Loaded | None = None
             try:
                 loaded = self._checkpoints.at(attempt, step)
-            except CheckpointError as error:
+                self.state.check(loaded.tensors, step)
+            except (CheckpointError, StateError) as error:
+                loaded = None
                 log.warning("%s; falling back to the one before", error)
             refused = self.ranks.sum(torch.tensor(float(loaded is None), device=self.ranks.device))
             if not refused:
                 return loaded
+            if proposed is not None:  # Rank 0, which sweeps: a part that another rank misses is missing for all.
+                self._checkpoints.refuse(proposed)
 
     def wanted(self) -> bool:
         """By the clock of rank 0, where the others hold a part of the checkpoint and must save the same step."""
@@ -82,7 +88,8 @@ class Saves:
             return
         self._hear(self._saver.poll)
         every = self.config.every_steps
-        by_step = every is not None and state.step % every == 0
+        # Where weights are cut, the clock may have asked for this very step.
+        by_step = every is not None and state.step % every == 0 and state.step != self._saved_step
         if (by_step or (not self.is_cut and self._is_due())) and self.fatal is None:
             self.save()
 
@@ -97,7 +104,7 @@ class Saves:
             return
         tensors = self.state.tensors()
         self._saver.save(self.state.step, tensors, self._about(), self._gradients.rows(tensors), self.token)
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saved_step = time.monotonic(), self.state.step
         if self.reporter is not None:
             self.reporter.log({"time/checkpoint": time.perf_counter() - started}, self.state.step)
 

@@ -34,12 +34,16 @@ class ScheduleFreeAdamW(torch.optim.Optimizer):
             if not ys:
                 continue
             states = [self._state(parameter) for parameter in ys]
-            clock = states[0][ON_CPU]  # float64 (3,) on the CPU: steps, highest rate, sum of weights.
+            clocks = [
+                state[ON_CPU] for state in states
+            ]  # float64 (3,) on the CPU: steps, highest rate, sum of weights.
+            # After a resume that of a parameter of which this rank has no rows is a new one.
+            clock = max(clocks, key=lambda each: float(each[0]))
             clock[0] += 1
             clock[1] = max(float(clock[1]), lr)
             clock[2] += clock[1] ** 2
-            for state in states[1:]:
-                state[ON_CPU].copy_(clock)
+            for other in clocks:
+                other.copy_(clock)
             share = float(clock[1] ** 2 / clock[2]) if clock[2] else 1.0  # Of this step in the average.
             zs, seconds = [state["z"] for state in states], [state["exp_avg_sq"] for state in states]
             gradients = [parameter.grad for parameter in ys]

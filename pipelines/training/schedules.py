@@ -28,6 +28,8 @@ class ScheduleConfig(Strict):
     def __post_init__(self) -> None:
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps={self.warmup_steps} is negative; 0 disables warm-up")
+        if not 0 <= self.end_lr < math.inf:
+            raise ValueError(f"end_lr={self.end_lr} is not 0 or more; below 0 the weights would go uphill")
         endless = self.decay in ("constant", "rsqrt")
         if endless and self.end_lr:
             raise ValueError(
@@ -47,16 +49,22 @@ class ScheduleConfig(Strict):
 
     def check(self, total_steps: int) -> None:
         """Warm-up and cooldown must leave room for the rest."""
-        if self.cooldown_steps and self.warmup_steps + self.cooldown_steps >= total_steps:
-            raise ValueError(
-                f"warmup_steps={self.warmup_steps} and cooldown_steps={self.cooldown_steps} leave none of"
-                f" total_steps={total_steps} between them; nearest usual cooldown: {max(0, total_steps // 5)}"
-            )
         if self.warmup_steps >= total_steps:
             raise ValueError(
                 f"schedule.warmup_steps={self.warmup_steps:,} is not below the {total_steps:,} steps of the training: "
                 "the learning rate would never reach its peak; train longer (train.epochs or train.total_steps), "
                 f"lower train.batch_size, or shorten the warm-up: --schedule.warmup-steps {max(0, total_steps // 10)}"
+            )
+        if self.cooldown_steps and self.warmup_steps + self.cooldown_steps >= total_steps:
+            room = total_steps - self.warmup_steps - 1  # That a cooldown may take, after the warm-up and one step.
+            remedy = (
+                f"nearest usual cooldown: {min(max(1, total_steps // 5), room)}"
+                if room > 0
+                else "leave the cooldown out, or train longer"
+            )
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} and cooldown_steps={self.cooldown_steps} leave none of"
+                f" total_steps={total_steps} between them; {remedy}"
             )
 
 

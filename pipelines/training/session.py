@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import secrets
 import socket
@@ -13,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pipelines import identity, store
@@ -25,14 +23,17 @@ from pipelines.training.handover import choices, hand_over, write_outcome
 from pipelines.training.heldout import Batches, HeldOut
 from pipelines.training.loop import Hooks, LoopConfig, NotFinite, train
 from pipelines.training.names import TrainingError
+from pipelines.training.nodes import NodeLoad
 from pipelines.training.objective import Objective
 from pipelines.training.parallel import Ranks
 from pipelines.training.pieces import OutOfMemory, Pieces
 from pipelines.training.reporter import OpenLog, Reporter
+from pipelines.training.run_order import RunOrder
 from pipelines.training.saves import Saves
 from pipelines.training.selection import Selection
 from pipelines.training.state import TrainState
 from pipelines.training.step import gradients_of
+from pipelines.training.tally import Tally
 from pipelines.training.watchdog import Watchdog
 
 __all__ = ["Session", "SessionConfig"]
@@ -40,9 +41,7 @@ __all__ = ["Session", "SessionConfig"]
 log = logging.getLogger(__name__)
 
 MOST_LEFT_OUT = 5  # Steps that were not finite; more are no accident.
-FIXED_AT_START = ("lanes", "window_pages")  # Chosen when a run starts; later starts might choose otherwise.
 NODE_DIGITS = 15  # Of a node's id: what fits an int64.
-FIRST_WINDOW_PAGES = 4  # Of the checkpoints that do not say it.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +55,8 @@ class SessionConfig:
     num_classes: int
     best: BestConfig | None = None
     hang_seconds: float | None = None  # Without progress for so long a worker ends itself.
+    node_load_seconds: float | None = None  # Between two points of the load of the nodes; None: none are made.
+    dollars_per_hour: float | None = None  # Of one worker.
 
 
 class Session:
@@ -77,16 +78,18 @@ class Session:
         bad_samples: Callable[[], Mapping[str, int]] | None = None,
         is_noticed: Callable[[], bool] = lambda: False,
         node: str = "",
+        reads_node: bool = True,
     ) -> None:
         """`training(start_step, order)`, `validation()`, `test()` open this rank's batches.
 
         `export(path, tensors)` writes whole weights as a file; only rank 0 calls it.
         `bad_samples`: this rank's count so far of each reason, the same reasons in the same order on every rank.
-        `is_noticed`: this process was told that it will be ended; `node`: where it runs, hex digits.
+        `is_noticed`: this process was told that it will be ended; `node`: where it runs, hex digits; `reads_node`:
+        of the processes of this node it is the one that tells of the node's load.
         """
         self.config, self.state, self.ranks = config, state, ranks
         self._prepare, self._training, self._export = prepare, training, export
-        self._objective, self._bad_samples = objective, bad_samples
+        self._objective = objective
         self._is_noticed, self._node = is_noticed, node[:NODE_DIGITS]
         self._gradients = gradients_of(state, ranks)
         self._reporter = Reporter(config.attempt.uri, open_log) if ranks.rank == 0 else None
@@ -109,13 +112,18 @@ class Session:
             watchdog=self._watchdog,
             reporter=self._reporter,
         )
+        self._tally = Tally(
+            ranks,
+            config.loop.train.batch_size,
+            self._reporter,
+            bad_samples=bad_samples,
+            nodes=NodeLoad(ranks, node, reads_node, config.node_load_seconds),
+            dollars_per_hour=config.dollars_per_hour,
+        )
         self._pieces = Pieces(config.loop.train.per_device_batch_size)
         self._left_out: set[int] = set()
-        self._order = dict(config.order)
+        self._order = RunOrder(config.order, config.engine)
         self._ended = False  # As asked, and not by a loss.
-        self._latest: dict[str, float] = {}
-        self._window_step = 0
-        self._images = self._seconds = 0.0
 
     def run(self) -> None:
         """Until the last step, or until a stop is asked for; leaves outcome.json. Resumes by itself.
@@ -139,6 +147,7 @@ class Session:
             self._saves.settle()  # The upload under way saves the next start some steps.
             raise
         finally:
+            self._tally.close()
             if self._reporter is not None:
                 self._reporter.close()
 
@@ -150,12 +159,24 @@ class Session:
         loaded = self._saves.load_together()
         step, attempt = (loaded.found.step, loaded.found.attempt) if loaded else (0, 0)
         if loaded:
-            self._take_over(loaded)
+            self._order.take_over(loaded.found.uri, loaded.state)
             self._restore(loaded)
             if self._reporter is not None:
                 for values, at in loaded.state.get("curves", ()):
                     self._reporter.log(values, at)
             self._note(f"resumed from the checkpoint at step {step:,} (attempt {attempt})")
+        starts = self._count_start(step)
+        if starts >= MOST_STARTS:
+            raise TrainingError(
+                f"training started {starts} times from step {step:,} and got no further; {self._faults.say_last()}"
+                "; mend that and run the same command again"
+            )
+        ended = loaded is not None and loaded.state.get("ended", False)
+        if starts > 1 or (attempt == self.config.attempt.number and self.ranks.rank == 0 and not ended):
+            self._note(f"the workers were started again: {self._faults.say_last()}")
+
+    def _count_start(self, step: int) -> int:
+        """How often in a row from this step. After pieces that did not fit it takes smaller ones, and counts anew."""
         starts, too_many = 0, 0
         if self.ranks.rank == 0:
             too_many = (self._faults.images_that_did_not_fit() if self._pieces.auto else None) or 0
@@ -166,38 +187,15 @@ class Session:
         if too_many:
             self._pieces = Pieces("auto", too_many // 2)
             self._note(f"{too_many} images at once did not fit; going on with {too_many // 2}")
-        if starts >= MOST_STARTS:
-            raise TrainingError(
-                f"training started {starts} times from step {step:,} and got no further; {self._faults.say_last()}"
-                "; mend that and run the same command again"
-            )
-        ended = loaded is not None and loaded.state.get("ended", False)
-        if starts > 1 or (attempt == self.config.attempt.number and self.ranks.rank == 0 and not ended):
-            self._note(f"the workers were started again: {self._faults.say_last()}")
-        self._window_step = self.state.step
+        return starts
 
     def _restore(self, loaded: Loaded) -> None:
         self.state.load(loaded.tensors, loaded.found.step)
         self._selection.load(loaded.state.get("best", {}))
         self._left_out |= set(loaded.state.get("left_out", ()))
+        self._tally.load(loaded.state)
         if self._pieces.auto and (size := loaded.state.get("per_device_batch_size")):
             self._pieces = Pieces("auto", int(size))
-
-    def _take_over(self, loaded: Loaded) -> None:
-        """Go on with the order of the checkpoint; raises CannotResume where the images would not be the same."""
-        stored = {"window_pages": FIRST_WINDOW_PAGES, **loaded.state["order"]}
-        chosen = {name: stored[name] for name in FIXED_AT_START}
-        if {**self._order, **chosen} != stored:
-            raise identity.CannotResume(
-                f"{loaded.found.uri} was made with another order of images; begin anew with --again"
-            )
-        self._order.update(chosen)
-        engine = loaded.state.get("engine", self.config.engine)  # Not there: an earlier release wrote it.
-        if engine != self.config.engine:
-            raise identity.CannotResume(
-                f"{loaded.found.uri} was made with the decode engine {engine}, here is {self.config.engine}: pixels "
-                "would change in the middle of the run; install those versions again, or begin anew with --again"
-            )
 
     def _hangs(self, text: str) -> None:
         assert self.config.hang_seconds is not None
@@ -223,6 +221,7 @@ class Session:
             if self._node:
                 where["nodes"] = sorted({f"{node:0{NODE_DIGITS}x}" for node in nodes})
             self._reporter.progress(step=self.state.step, metrics={}, **where)
+        self._tally.join()
         while not self._selection.exhausted:
             try:
                 return self._train_on()
@@ -241,7 +240,8 @@ class Session:
             wants_stop=self._wants_stop,
             wants_save=self._saves.wanted,
         )
-        with self._training(self.state.step, self._order) as batches:
+        self._tally.begin(self.state.step)
+        with self._training(self.state.step, self._order.fields) as batches:
             return train(
                 self.state,
                 batches,
@@ -264,29 +264,13 @@ class Session:
             raise TrainingError(f"{error}; there is no checkpoint to go back to") from error
         self._restore(loaded)
         self._left_out.add(error.step)
-        self._window_step = self.state.step
         self._note(f"step {error.step:,} was not finite: back to step {loaded.found.step:,}, and it is left out")
 
     def _window(self, step: int, metrics: dict[str, float]) -> None:
-        steps, self._window_step = step - self._window_step, step
-        self._seconds += steps * metrics["time/step"]
-        self._images += steps * self.config.loop.train.batch_size
-        metrics |= self._bad_by_reason()
-        self._latest.update(metrics)
-        if self._reporter is not None:
-            self._reporter.log({key: value for key, value in metrics.items() if key != "eta_seconds"}, step)
-            self._reporter.progress(step=step, metrics=metrics)
+        self._tally.window(step, metrics, last=step >= self.config.loop.total_steps)
 
     def _validate(self, step: int) -> bool:
         return self._held_out.validate(step, last=step >= self.config.loop.total_steps)
-
-    def _bad_by_reason(self) -> dict[str, float]:
-        """Bad samples since this start, summed over ranks. Collective."""
-        if self._bad_samples is None:
-            return {}
-        counts = self._bad_samples()
-        total = self.ranks.sum(torch.tensor(list(counts.values()), dtype=torch.float64, device=self.ranks.device))
-        return {f"data/bad/{reason}": count for reason, count in zip(counts, total.tolist(), strict=True) if count}
 
     def _wants_stop(self) -> bool:
         """Any rank may know of one reason alone: a notice reaches one process, a request rank 0."""
@@ -301,8 +285,8 @@ class Session:
     def _about(self) -> dict[str, Any]:
         """What the next start must know besides tensors and step."""
         return {
-            "order": self._order,
-            "engine": self.config.engine,
+            **self._order.to_json(),
+            **self._tally.to_json(),
             "world_size": self.ranks.world_size,
             "curves": self._reporter.unsent() if self._reporter is not None else [],
             "images_seen": self.state.step * self.config.loop.train.batch_size,
@@ -349,9 +333,5 @@ class Session:
             self._write_outcome(**fields, left_out=sorted(self._left_out))
 
     def _write_outcome(self, **fields: Any) -> None:
-        latest = self._latest | self._held_out.latest
-        metrics = {key: value for key, value in latest.items() if key not in {"eta_seconds", "lr"}}
-        metrics = {key: value for key, value in metrics.items() if math.isfinite(value)}  # JSON knows no others.
-        if self._seconds:
-            metrics["images_per_second"] = self._images / self._seconds
-        write_outcome(self.config.attempt, step=self.state.step, metrics=metrics, train_seconds=self._seconds, **fields)
+        seconds, metrics = self._tally.seconds, self._tally.metrics(self._held_out.latest)
+        write_outcome(self.config.attempt, step=self.state.step, metrics=metrics, train_seconds=seconds, **fields)

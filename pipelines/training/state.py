@@ -11,12 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.training.ema import Ema
+from pipelines.training.optimizers import slots_of
 from pipelines.training.schedule_free import ON_CPU, ScheduleFreeAdamW
 
 if TYPE_CHECKING:
     from pipelines.training.parallel import Gradients
 
 __all__ = ["StateError", "TrainState"]
+
+
+MOST_WITHOUT_STATE = 5  # Steps; as many as may be left out of a run.
+KINDS = ("model/", "optimizer/", "ema/", "best/")  # What the name of a stored tensor begins with.
+MOST_SAID = 20  # Names of one message.
 
 
 class StateError(ValueError):
@@ -67,24 +73,51 @@ class TrainState:
         copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in found.items()}
         return copies | {f"best/{name}": tensor for name, tensor in self.best.items()}
 
-    def load(self, tensors: Mapping[str, Tensor], step: int) -> None:
-        """The inverse of `tensors()`. Raises StateError listing every name that is missing, left over or misshapen."""
+    def check(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        """Raises StateError listing every name that is missing, left over or misshapen, of optimizer slots too."""
+        foreign = [name for name in tensors if not name.startswith(KINDS)]
+        if foreign:
+            raise StateError(f"checkpoint does not fit this model: left over {', '.join(sorted(foreign)[:MOST_SAID])}")
         own = self.weights()
         tensors = tensors if self.gradients is None else self.gradients.own_part(tensors)
-        stored, slots, ema, best = (_under(tensors, kind) for kind in ("model/", "optimizer/", "ema/", "best/"))
+        stored, slots, ema, best = (_under(tensors, kind) for kind in KINDS)
         problems = _misfits(stored, own)
         if self.ema is not None:
             problems += _misfits(ema, self.ema.tensors)
         elif ema:
             problems.append(f"left over ema/{next(iter(ema))}")
         problems += _misfits(best, own) if best else []
-        parameters = self._parameters()
-        # A rank without rows of a parameter has no state of it, not even the counters that are the same everywhere.
-        bare = {name for name, parameter in parameters.items() if not parameter.numel()}
-        slots = {key: tensor for key, tensor in slots.items() if key.split("/")[0] not in bare}
-        problems += [f"left over optimizer/{name}" for name in slots if name.split("/")[0] not in parameters]
+        names, wanted = self._names(), {}
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    for slot, shape in slots_of(optimizer, parameter).items():
+                        wanted[f"{names[parameter]}/{slot}"] = shape
+        slots = self._not_bare(slots)
+        # The first steps of a run may all have been left out; then no optimizer has anything yet.
+        if slots or step > MOST_WITHOUT_STATE:
+            problems += [f"missing optimizer/{name}" for name in wanted.keys() - slots.keys()]
+        problems += [f"left over optimizer/{name}" for name in slots.keys() - wanted.keys()]
+        problems += [
+            f"optimizer/{name} is {tuple(slots[name].shape)} of {slots[name].dtype}, not {tuple(wanted[name])}"
+            for name in slots.keys() & wanted.keys()
+            if slots[name].shape != wanted[name] or not slots[name].is_floating_point()
+        ]
         if problems:
-            raise StateError(f"checkpoint does not fit this model: {'; '.join(sorted(problems))}")
+            raise StateError(f"checkpoint does not fit this model: {'; '.join(sorted(problems)[:MOST_SAID])}")
+
+    def _not_bare(self, slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Without those of parameters of which this rank has no rows: not even counters are kept of them."""
+        bare = {name for name, parameter in self._parameters().items() if not parameter.numel()}
+        return {key: tensor for key, tensor in slots.items() if key.split("/")[0] not in bare}
+
+    def load(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        """The inverse of `tensors()`. Raises StateError, with nothing changed, if they do not fit."""
+        self.check(tensors, step)
+        own, parameters = self.weights(), self._parameters()
+        tensors = tensors if self.gradients is None else self.gradients.own_part(tensors)
+        stored, slots, ema, best = (_under(tensors, kind) for kind in KINDS)
+        slots = self._not_bare(slots)
         with torch.no_grad():
             for name, tensor in stored.items():
                 own[name].copy_(tensor)
@@ -92,6 +125,7 @@ class TrainState:
                 for name, tensor in ema.items():
                     self.ema.tensors[name].copy_(tensor)
         self.best = {name: tensor.clone() for name, tensor in best.items()}
+        self.grad_norm = None  # Of an update that these weights know nothing of.
         if self.gradients is not None:
             self.gradients.updated()
         owners: dict[Tensor, torch.optim.Optimizer] = {}
@@ -138,7 +172,8 @@ def _misfits(stored: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[st
     problems = [f"missing {name}" for name in own.keys() - stored.keys()]
     problems += [f"left over {name}" for name in stored.keys() - own.keys()]
     return problems + [
-        f"{name} is {tuple(stored[name].shape)}, the model has {tuple(own[name].shape)}"
+        f"{name} is {tuple(stored[name].shape)} of {stored[name].dtype}, the model has {tuple(own[name].shape)} of"
+        f" {own[name].dtype}"
         for name in own.keys() & stored.keys()
-        if own[name].shape != stored[name].shape
+        if own[name].shape != stored[name].shape or own[name].dtype != stored[name].dtype
     ]

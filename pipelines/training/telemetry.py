@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import resource
+import sys
 import time
 from dataclasses import dataclass
 
@@ -12,30 +14,7 @@ from torch import Tensor
 from pipelines.training.parallel import Ranks
 from pipelines.training.step import Counts
 
-__all__ = ["Closed", "Window", "exaflops", "peak_flops"]
-
-# Dense bf16 FLOP/s from the vendors' data sheets; the first name found in the device's name counts.
-PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "GH200": 989e12,
-    "A100": 312e12,
-    "A10": 125e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "V100": 125e12,
-    "T4": 65e12,
-}
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Peak of a known GPU; None on a CPU, whose peak no data sheet states for one process."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+__all__ = ["Closed", "Window", "exaflops"]
 
 
 def exaflops(macs_per_image: int, images: int) -> float:
@@ -56,9 +35,10 @@ class Closed:
 class Window:
     """Sums between two points of the curves. Only `close` waits for the device and for the other ranks."""
 
-    def __init__(self, ranks: Ranks, batch_size: int, macs_per_image: int = 0) -> None:
+    def __init__(self, ranks: Ranks, batch_size: int, macs_per_image: int = 0, peak_flops: float | None = None) -> None:
+        """`peak_flops`: FLOP/s of one device by its data sheet; without it there is no mfu."""
         self.ranks, self.batch_size, self.macs_per_image = ranks, batch_size, macs_per_image
-        self.peak = peak_flops(ranks.device)
+        self.peak = peak_flops
         self._open()
 
     def _open(self) -> None:
@@ -107,11 +87,17 @@ class Window:
         }
         if bad := steps * self.batch_size - images:
             metrics["train/bad_samples"] = bad
-        if self.ranks.device.type == "cuda":
-            metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated(self.ranks.device) / 2**30
+        metrics["memory/peak_gib"] = self._peak_memory() / 2**30
         if self.macs_per_image:
             metrics["exaflops"] = exaflops(self.macs_per_image, step * self.batch_size)
             if self.peak is not None:
                 metrics["mfu"] = 6.0 * self.macs_per_image * rate / (self.peak * self.ranks.world_size)
         self._open()
         return Closed(metrics, stops > 0, saves > 0, None if all(finite) else step - steps + finite.index(False))
+
+    def _peak_memory(self) -> int:
+        """Bytes of rank 0 so far: of its GPU's tensors, or of its whole process on a CPU."""
+        if self.ranks.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.ranks.device)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

@@ -49,6 +49,7 @@ class Watcher:
         self._uri = store.join(attempt.uri, PROGRESS)
         self._update = update
         self._notes: list[str] = []
+        self._dropped = 0  # Notes before the first of `_notes`, of which no more are kept.
         self._read_at = 0.0
         self.latest: dict[str, Any] = {}
 
@@ -63,13 +64,8 @@ class Watcher:
         if latest == self.latest:
             return
         self.latest = latest
-        notes = list(self.latest.get("notes", ()))
-        known = (
-            len(self._notes) if notes[: len(self._notes)] == self._notes else 0
-        )  # Workers that start again begin anew.
-        for note in notes[known:]:
+        for note in self._new_notes():
             say(note)
-        self._notes = notes
         metrics = {**self.latest.get("metrics", {}), **self.latest.get("validation", {})}
         if "step" in self.latest:
             self._update(
@@ -78,6 +74,15 @@ class Watcher:
                 loss=metrics.get("train/loss"),
                 val_top1=metrics.get("val/top1"),
             )
+
+    def _new_notes(self) -> list[str]:
+        """What has come since the last look. Workers that start again begin anew."""
+        notes = list(self.latest.get("notes", ()))
+        dropped = int(self.latest.get("noted", len(notes))) - len(notes)
+        known = self._notes[max(0, dropped - self._dropped) :]
+        goes_on = dropped >= self._dropped and notes[: len(known)] == known
+        self._notes, self._dropped = notes, dropped
+        return notes[len(known) :] if goes_on else notes
 
 
 def stop(attempt: Attempt, ended: threading.Event, watcher: Watcher) -> None:
@@ -112,6 +117,9 @@ def read_outcome(attempt: Attempt, failure: BaseException | None) -> Outcome:
     try:
         left = store.read_json(store.join(attempt.uri, OUTCOME))
     except store.NotFound:
+        cause = getattr(failure, "controller_failure", None) or failure
+        if isinstance(cause, TrainingError | CannotResume):
+            raise cause from None  # Final, from a rank that got no further than its start.
         raise GroupLost(_explain(failure) if failure else "the workers ended and left no result") from failure
     if error := left.get("error"):
         raise (CannotResume if left.get("begin_anew") else TrainingError)(error)

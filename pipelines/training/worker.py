@@ -7,22 +7,20 @@ import itertools
 import logging
 import os
 import shutil
-import socket
 import tempfile
 import threading
 import time
 import uuid
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pipelines import store
 from pipelines.identity import CannotResume
 from pipelines.progress import progress, say
-from pipelines.training.config import WorkerConfig
+from pipelines.training.cluster import choose_placement, connect, nodes, room_for, shown
 from pipelines.training.job import TrainJob, build_session
 from pipelines.training.names import TrainingError
-from pipelines.training.placement import MakingWay, Node, Patience, Placement, count_room, place
+from pipelines.training.placement import MakingWay, Patience, Placement, count_room
 from pipelines.training.process_group import GROUP_TIMEOUT_SECONDS, join_at_file, leave, listen
 from pipelines.training.watch import (
     GroupLost,
@@ -43,7 +41,6 @@ __all__ = ["choose_placement", "connect", "launch", "room_for", "shown", "train_
 
 POLL_SECONDS = 0.5
 LOOK_SECONDS = 2.0  # Between two looks at the cluster's nodes.
-ANSWER_SECONDS = 2.0  # That a node may take to accept a connection.
 FREED_SECONDS = 2.0  # Until what a group held shows as free.
 
 
@@ -67,60 +64,21 @@ def train_worker(config: dict[str, Any]) -> None:
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32.
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     node = ray.get_runtime_context().get_node_id()
-    build_session(
-        job, Ranks.current(device), context.get_local_world_size(), node=node, watch=config.get("watch")
-    ).run()
+    try:
+        session = build_session(
+            job,
+            Ranks.current(device),
+            context.get_local_world_size(),
+            node=node,
+            reads_node=context.get_local_rank() == 0,
+            watch=config.get("watch"),
+        )
+    except ValueError as error:  # What the recipe asks for cannot be built, on any later try no more than on this.
+        raise TrainingError(str(error)) from error
+    session.run()
 
 
 # The driver ---------------------------------------------------------------------------------------------------------
-
-
-def connect() -> None:
-    """Join the cluster that the environment names, or start one in this process."""
-    import ray
-
-    store.root()  # Puts the endpoints into the environment if needed.
-    if not ray.is_initialized():
-        ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, logging_level="WARNING")
-
-
-def choose_placement(workers: WorkerConfig) -> Placement:
-    """From what the cluster shows now. The embedded head is one machine; any other cluster may still grow."""
-    room = room_for({"CPU": workers.cpus})
-    return place(workers, *shown(), can_grow="VIT_STATE" not in os.environ, room=room)
-
-
-def shown() -> tuple[float, float]:
-    """CPUs and GPUs of the cluster as it is now."""
-    import ray
-
-    resources = ray.cluster_resources()
-    return float(resources.get("CPU", 0.0)), float(resources.get("GPU", 0.0))
-
-
-def nodes(answering: bool = False) -> list[Node]:
-    """The living nodes; Ray takes up to 20 s to call one dead. `answering`: only those that can be reached."""
-    import ray
-    from ray._private.state import state  # Ray Train looks for drained nodes here too; nothing public shows them.
-
-    def answers(node: dict[str, Any]) -> bool:
-        with contextlib.suppress(OSError):
-            socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), ANSWER_SECONDS).close()
-            return True
-        return False
-
-    leaving, living = state.get_draining_nodes(), [node for node in ray.nodes() if node["Alive"]]
-    if answering:
-        with ThreadPoolExecutor(64) as pool:
-            living = [node for node, yes in zip(living, pool.map(answers, living), strict=True) if yes]
-    return [Node(node["NodeID"], node["Resources"], node["NodeID"] in leaving) for node in living]
-
-
-def room_for(need: dict[str, float]) -> int:
-    """How many workers there is room for now."""
-    import ray
-
-    return count_room(nodes(answering=True), ray.available_resources(), need)
 
 
 def launch(job: TrainJob, placement: Placement) -> Outcome:

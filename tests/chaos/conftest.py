@@ -40,7 +40,13 @@ def recipe_of(stack: Any, colours: str, monkeypatch: pytest.MonkeyPatch) -> Call
             "reader": {"backend": "local"},
             "validation": {"split": "val", "test_split": "test", "every_epochs": 4},
             "checkpoint": {"every_steps": 10},
-            "workers": {"count": 2, "log_every_steps": 5, "hang_seconds": 20.0},
+            "workers": {
+                "count": 2,
+                "log_every_steps": 5,
+                "hang_seconds": 20.0,
+                "node_load_seconds": 0.2,
+                "dollars_per_hour": 1.0,
+            },
         }
         for name, change in changes.items():
             values[name] = {**values[name], **change} if isinstance(change, dict) and name in values else change

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,14 @@ def points(run_id: str, key: str) -> list[int]:
     return [metric.step for metric in MlflowClient().get_metric_history(run_id, key)]
 
 
+def curve(run_id: str, key: str) -> list[float]:
+    """Values by step."""
+    from mlflow.tracking import MlflowClient
+
+    history = MlflowClient().get_metric_history(run_id, key)
+    return [metric.value for metric in sorted(history, key=lambda metric: metric.step)]
+
+
 @pytest.mark.parametrize("number", range(ROUNDS))
 def test_four_misfortunes_in_one_run_change_nothing(
     recipe_of: Callable[..., Any], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, number: int
@@ -57,6 +66,10 @@ def test_four_misfortunes_in_one_run_change_nothing(
         assert found.redone[1, after_notice] == 0, told
     assert hit.run_id is not None and hit.metrics["test/top1"] > 0.9
     assert points(hit.run_id, "train/loss") == list(range(5, STEPS + 1, 5)), told
+    loads = points(hit.run_id, f"system/{socket.gethostname()}/system_memory_usage_percentage")
+    assert len(loads) > len(strikes) and loads == sorted(set(loads)), told
+    spent = curve(hit.run_id, "cost/dollars")
+    assert spent == sorted(spent) and len(spent) == STEPS // 5, told
 
     monkeypatch.setattr(worker, "train_worker", struck(folder / "whole", []))
     token = identity.AGAIN.set(True)

@@ -63,6 +63,28 @@ def test_the_state_is_cut_over_the_devices() -> None:
     assert state_bytes(1000, 100, AdamW(), train, fsdp, 8) == 2_000 + 3 * 100 * 4
 
 
+def test_what_takes_longer_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["pretrain/vit_h14_jft"])
+    assert "a third more for activation_checkpointing" in capsys.readouterr().out
+    main(["pretrain/vit_s16_plain_90", "--train.precision", "fp32"])
+    assert "twice as long for fp32" in capsys.readouterr().out
+
+
+def test_groups_that_the_devices_do_not_fill_are_refused() -> None:
+    recipe = load_recipe(PretrainRecipe, "pretrain/vit_s16_plain_90", {"parallel": {"kind": "hsdp", "replicas": 3}})
+    with pytest.raises(ValueError, match="replicas=3 does not divide 64 devices"):
+        estimate(recipe, Size(*KNOWN["imagenet"]), HARDWARE["h100"], 64, 0.5, None)
+
+
+def test_cores_for_reading_are_said_only_of_images_like_those_that_were_measured(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    main(["pretrain/vit_b16_imagenet"])
+    assert "cores for 110 kB JPEGs" in capsys.readouterr().out
+    main(["demo/pretrain", "--images", "57000", "--classes", "10"])
+    assert "cores by the size of its images" in capsys.readouterr().out
+
+
 def test_hardware_is_known_by_name_and_number() -> None:
     assert find_hardware("H100x8") == (HARDWARE["h100"], 8)
     assert find_hardware("a100-40") == (HARDWARE["a100-40"], 1)
@@ -100,3 +122,28 @@ def test_a_finetune_without_weights_or_model_cannot_be_estimated() -> None:
     recipe = load_recipe(FinetuneRecipe, "finetune/cifar10")
     with pytest.raises(ValueError, match="give --weights, or model"):
         estimate(recipe, Size(50_000, 10), HARDWARE["h100"], 1, 0.4, None)
+
+
+def test_what_makes_a_step_longer_makes_it_dearer() -> None:
+    def seconds(**options: object) -> float:
+        changes = {f"train.{name}": value for name, value in options.items()}
+        recipe = load_recipe(PretrainRecipe, "pretrain/vit_b16_imagenet", changes)
+        return estimate(recipe, Size(*KNOWN["imagenet"]), HARDWARE["h100"], 8, 0.45, None).step_seconds
+
+    assert seconds(activation_checkpointing=True) == pytest.approx(seconds() * 4 / 3)
+    assert seconds(precision="fp32") == pytest.approx(seconds() * 2)
+
+
+def test_hsdp_holds_a_copy_on_each_node_of_eight() -> None:
+    def state(devices: int, **parallel: object) -> float:
+        changes = {f"parallel.{name}": value for name, value in parallel.items()}
+        recipe = load_recipe(PretrainRecipe, "pretrain/vit_b16_imagenet", changes)
+        return estimate(recipe, Size(*KNOWN["imagenet"]), HARDWARE["h100"], devices, 0.45, None).state_gib
+
+    assert state(64, kind="hsdp") == state(8, kind="fsdp") > state(64, kind="fsdp")
+
+
+@pytest.mark.parametrize("words", [["--images", "0.5"], ["--classes", "2.5"], ["--price", "inf"]])
+def test_half_an_image_is_no_number_of_images(words: list[str]) -> None:
+    with pytest.raises(RecipeError, match="is no such number"):
+        main(["pretrain/vit_b16_imagenet", *words])

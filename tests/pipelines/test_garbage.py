@@ -10,7 +10,7 @@ import pytest
 from pipelines import identity, store
 from pipelines.config import RecipeError
 from pipelines.garbage import collect, main, parse_age, sweep
-from pipelines.runs import find
+from pipelines.runs import find, lines
 
 FINISHED, SOURCE, LEFT, YOUNG = ("a" * 64, "b" * 64, "c" * 64, "d" * 64)
 NOW = 1_000_000.0
@@ -83,6 +83,42 @@ def test_a_running_run_and_one_of_unknown_age_stay() -> None:
     put(YOUNG, "attempts/1/checkpoints/000000005/manifest.json", {})
     with identity.lease(store.join(identity.runs(), "pretrain", LEFT, "lease.json"), "pretrain"):
         assert kinds() == {}
+
+
+def test_an_interrupted_again_is_as_young_as_its_last_step() -> None:
+    finish(FINISHED, age=200)
+    put(FINISHED, "attempts/3/progress.json", {"step": 90_000, "time": NOW - 50})
+    put(FINISHED, "attempts/3/checkpoints/000090000/manifest.json", {})
+    assert kinds() == {}
+    assert kinds(older_than=40.0)[FINISHED][0] == "spent"
+
+
+def test_what_a_version_names_stays_while_its_result_is_made_again() -> None:
+    """Deleting the result object makes a stage run again; the version's weights lie in the attempt before."""
+    finish(FINISHED, age=200)
+    put(FINISHED, "attempts/2/progress.json", {"step": 5, "time": NOW - 200})
+    store.delete(store.join(identity.runs(), "pretrain", FINISHED, "result.json"))
+    assert kinds()[FINISHED][0] == "abandoned"
+    assert kinds(named={FINISHED}) == kinds(named={FINISHED}, results=True) == {}
+
+
+@pytest.mark.parametrize("text", ["[1]", "null", "{", '{"started": "x", "result": {}}', '{"started": 1, "result": 2}'])
+def test_a_result_that_is_none_is_listed_as_damaged_and_nothing_of_it_is_freed(text: str) -> None:
+    finish(FINISHED, age=200)
+    finish(SOURCE, age=200)
+    store.write(store.join(identity.runs(), "pretrain", FINISHED, "result.json"), text.encode())
+    assert set(kinds(results=True)) == {SOURCE}
+    damaged, whole = lines(find())
+    assert "damaged" in damaged and "result.json" in damaged and "finished" in whole
+
+
+def test_what_a_run_under_way_takes_from_is_no_result_to_free() -> None:
+    finish(SOURCE, age=300)
+    leave(LEFT, age=50)
+    record = {"expires": 0.0, "attempt": 3, "token": "", "host": "h", "pid": 1, "started": 0.0}
+    put(LEFT, "lease.json", {**record, "note": {"sources": [SOURCE]}})
+    assert kinds(results=True)[SOURCE][0] == "spent"
+    assert kinds(results=True, older_than=40.0)[SOURCE][0] == "unnamed", "nobody is at it, and it is as old as that"
 
 
 def test_what_is_swept_is_gone_and_the_rest_stands() -> None:

@@ -14,6 +14,7 @@ from pipelines.config import RecipeError, from_dict, load_recipe, packaged_recip
 from pipelines.finetune import FinetuneRecipe
 from pipelines.pretrain import PretrainRecipe
 
+BUDGET = {"batch_size": 16, "total_steps": 60}
 SIZES = {"patch_size": 4, "width": 32, "depth": 2, "mlp_dim": 64, "num_heads": 2}
 
 
@@ -41,7 +42,7 @@ def recipe(corpus: str, **changes: Any) -> PretrainRecipe:
         ({"train": {"batch_size": 16}}, "give exactly one of them"),
         ({"train": {"batch_sise": 16, "epochs": 1}}, "did you mean 'batch_size'"),
         ({"optimizer": {"kind": "adamw", "momentum": 0.9}}, "momentum"),
-        ({"checkpoint": {"keep": 0}}, "keep=0 would delete the only good checkpoint"),
+        ({"checkpoint": {"keep": 0}}, "keep=0 would leave nothing to resume from"),
     ],
 )
 def test_a_recipe_that_cannot_be_meant_is_refused_before_anything_starts(changes: dict[str, Any], text: str) -> None:
@@ -76,6 +77,28 @@ def test_a_recipe_for_a_large_corpus_says_what_to_change_for_a_small_one(tmp_pat
     large = load_recipe(PretrainRecipe, "pretrain/vit_b16_imagenet", {"corpus": corpus.reference})
     with pytest.raises(ValueError, match=r"warmup_steps=10,000 is not below the 3 steps .*--schedule.warmup-steps 0"):
         pretrain.run(large)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"train": {**BUDGET, "packing": {"smallest": 0.5}}}, "train.packing packs the tokens of a ViT"),
+        ({"train": {**BUDGET, "activation_checkpointing": True}}, "activation_checkpointing has no effect on a ResNet"),
+        ({"parallel": {"kind": "fsdp"}, "workers": {"count": [1, 4]}}, "there may be one alone"),
+    ],
+)
+def test_what_no_worker_could_build_is_refused_before_the_run_begins(
+    changes: dict[str, Any], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No lease, no run in MLflow, no worker."""
+    from tests.pipelines.tiny_corpus import write_colours
+
+    monkeypatch.setenv("VIT_ROOT", str(tmp_path / "root"))
+    corpus = write_colours(str(tmp_path / "colours"), train=30, held_out=3)
+    given = recipe(corpus.reference, model={"variant": "R50x1"}, resolution=32, **changes)
+    with pytest.raises(ValueError, match=text):
+        pretrain.run(given)
+    assert not list(store.list_objects(identity.runs()))
 
 
 def test_how_it_is_run_is_no_part_of_the_identity() -> None:
@@ -149,3 +172,53 @@ def test_cut_over_two_workers_with_teacher_average_and_best_weights(stack: Any, 
     }
     assert layouts == {2}
     assert pretrain.run(given).reused
+
+
+@pytest.mark.stack
+def test_every_window_tells_speed_memory_time_left_cost_and_the_load_of_the_node(stack: Any, colours: str) -> None:
+    """On a CPU the device's peak and its price are the recipe's; what a GPU has of its own is told apart."""
+    from mlflow.tracking import MlflowClient
+
+    result = pretrain.run(
+        recipe(
+            colours,
+            seed=3,
+            workers={
+                "count": 2,
+                "log_every_steps": 5,
+                "node_load_seconds": 0.2,
+                "dollars_per_hour": 2.0,
+                "peak_tflops": 0.1,
+            },
+        )
+    )
+    client = MlflowClient()
+    assert result.run_id is not None
+    logged = client.get_run(result.run_id).data.metrics
+    every_window = {
+        "images_per_second",
+        "mfu",
+        "time/data_wait",
+        "time/step",
+        "memory/peak_gib",
+        "grad_norm",
+        "lr",
+        "exaflops",
+        "eta_seconds",
+        "cost/dollars",
+        "cost/estimated_dollars",
+    }
+    assert every_window <= logged.keys()
+    for name in every_window:
+        assert [point.step for point in client.get_metric_history(result.run_id, name)] == list(range(5, 61, 5)), name
+    assert logged["eta_seconds"] == 0 and logged["cost/estimated_dollars"] == logged["cost/dollars"] > 0
+    assert 0 < logged["mfu"] < 1 and logged["memory/peak_gib"] > 0.05
+    assert client.get_metric_history(result.run_id, "time/checkpoint")
+    loads = {name for name in logged if name.startswith("system/")}
+    assert len({name.split("/")[1] for name in loads}) == 1, "both workers are on one node, which is told once"
+    kinds = {name.split("/")[2] for name in loads}
+    assert {"cpu_utilization_percentage", "system_memory_usage_megabytes", "disk_usage_percentage"} <= kinds
+    assert {"network_receive_megabytes_per_second", "network_transmit_megabytes_per_second"} <= kinds
+    steps = [point.step for point in client.get_metric_history(result.run_id, sorted(loads)[0])]
+    assert steps == sorted(set(steps)), "points in order, none twice"
+    assert not [name for name in result.metrics if name.startswith("system/")]

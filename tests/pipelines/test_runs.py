@@ -61,6 +61,7 @@ def test_a_run_is_named_by_the_start_of_its_digest_or_as_logs_name_it() -> None:
     finished("ab" * 32, 0.7)
     assert find_one("aaaaa").digest == DIGESTS["a"]
     assert find_one(f"pretrain-{'ab' * 6}-a3").digest == "ab" * 32
+    assert find_one(f"pretrain-{'ab' * 6}").digest == find_one(f"pretrain-{'ab' * 6}-a3-r2").digest == "ab" * 32
     with pytest.raises(RecipeError, match="no run begins with 'ffff'"):
         find_one("ffff")
     finished("aaaa" + "b" * 60, 0.7)

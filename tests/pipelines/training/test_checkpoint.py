@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -9,12 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from threading import get_native_id
+from typing import Any
 
 import pytest
 import torch
 
 from pipelines import store
-from pipelines.training.checkpoint import MANIFEST, STATE, TENSORS, AsyncSaver, CheckpointError, Checkpoints
+from pipelines.training.async_saver import AsyncSaver
+from pipelines.training.checkpoint import MANIFEST, STATE, TENSORS, CheckpointError, Checkpoints
 
 FILES = [TENSORS, STATE, MANIFEST]
 
@@ -130,6 +133,64 @@ def test_a_planted_pickle_is_refused_and_never_run(place: Place, tmp_path: Path,
     assert not harmed.exists()
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"order": None},
+        {"order": {"lanes": "x"}},
+        {"order": {"lanes": True}},
+        {"order": {"window_pages": 0}},
+        {"engine": 7},
+        {"left_out": 3},
+        {"curves": [1]},
+        {"best": [1]},
+        {"best": {"without_best": "x"}},
+        {"per_device_batch_size": 0},
+        {"dollars": "much"},
+        {"ended": 1},
+    ],
+    ids=str,
+)
+def test_a_state_that_no_start_could_go_by_is_passed_over(place: Place, changes: dict[str, object]) -> None:
+    import hashlib
+
+    checkpoints = save(place, 10, 20)
+    text = json.dumps({**json.loads(path_of(place, 20, STATE).read_text()), **changes}).encode()
+    path_of(place, 20, STATE).write_bytes(text)
+    manifest = json.loads(path_of(place, 20, MANIFEST).read_text())
+    manifest["files"][STATE] = {"size": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+    path_of(place, 20, MANIFEST).write_text(json.dumps(manifest))
+    loaded = checkpoints.newest()
+    assert loaded is not None and loaded.found.step == 10
+    assert Checkpoints(place).newest_state()["step"] == 10
+
+
+@pytest.mark.parametrize("name", [STATE, TENSORS])
+@pytest.mark.parametrize("kind", ["pipe", "loop"])
+def test_what_is_no_file_is_passed_over_and_never_waited_for(place: Place, name: str, kind: str) -> None:
+    checkpoints = save(place, 10, 20)
+    path = path_of(place, 20, name)
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(path.name)
+    loaded = checkpoints.newest()
+    assert loaded is not None and loaded.found.step == 10
+
+
+def test_what_is_larger_than_its_manifest_says_is_not_downloaded(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = save(place, 10, 20)
+    with path_of(place, 20, TENSORS).open("ab") as file:
+        file.write(b"more")
+    fetched: list[str] = []
+    download = store.download
+    monkeypatch.setattr(store, "download", lambda uri, path: fetched.append(uri) or download(uri, path))  # type: ignore[func-returns-value]
+    loaded = checkpoints.newest()
+    assert loaded is not None and loaded.found.step == 10
+    assert not any("000000020" in uri and uri.endswith(TENSORS) for uri in fetched)
+
+
 def test_a_manifest_of_another_run_is_refused(place: Place) -> None:
     checkpoints = save(place, 10)
     other = Checkpoints(Place(place.root, digest="e" * 64))
@@ -200,3 +261,72 @@ def test_the_thread_that_uploads_yields_to_training_and_training_stays_as_it_was
     saver.wait()
     assert seen == [min(19, before + 10)]
     assert os.getpriority(os.PRIO_PROCESS, get_native_id()) == before
+
+
+def test_a_torn_checkpoint_is_none_of_those_that_stay(place: Place) -> None:
+    """Torn at 200, resumed from 100: two good ones must survive the next torn one."""
+    save(place, 100, 200)
+    truncate(path_of(place, 200, TENSORS))
+    second = Checkpoints(Place(place.root, number=2), keep=2)
+    loaded = second.newest()
+    assert loaded is not None and loaded.found.step == 100
+    for step in (110, 120, 130):
+        second.save(step, tensors(step), {"seed": 1})
+    assert [(found.step, found.attempt) for found in second.found()] == [(130, 2), (120, 2)]
+    second.save(200, tensors(200), {"seed": 1})
+    assert [found.step for found in second.found()] == [200, 130]
+
+
+def test_what_another_rank_found_torn_does_not_count_either(place: Place) -> None:
+    checkpoints = save(place, 100, 200, keep=2)
+    checkpoints.refuse(checkpoints.found()[0])
+    checkpoints.save(110, tensors(110), {"seed": 1})
+    assert {found.step for found in checkpoints.found()} >= {100, 110}
+
+
+def rewrite(place: Place, step: int, change: Callable[[dict[str, Any]], None]) -> None:
+    """Another state, with a manifest that fits it."""
+    path = path_of(place, step, STATE)
+    state = json.loads(path.read_text())
+    change(state)
+    path.write_text(json.dumps(state))
+    manifest = json.loads(path_of(place, step, MANIFEST).read_text())
+    data = path.read_bytes()
+    manifest["files"][STATE] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    path_of(place, step, MANIFEST).write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("rows", [[1], float("inf"), -5, 0, 10**18, True, "3", None, 7], ids=str)
+def test_rows_that_no_checkpoint_of_ours_has_are_passed_over(place: Place, rows: Any) -> None:
+    checkpoints = save(place, 10, 20)
+    rewrite(place, 20, lambda state: state["layout"].update(rows={"model/a": rows}))
+    loaded = checkpoints.newest()
+    assert loaded is not None and loaded.found.step == 10
+
+
+def test_a_number_that_is_said_to_be_cut_is_passed_over(place: Place) -> None:
+    checkpoints = save(place, 10, 20)
+    rewrite(place, 20, lambda state: state["layout"].update(rows={"optimizer/a/step": 3}))
+    loaded = checkpoints.newest()
+    assert loaded is not None and loaded.found.step == 10
+
+
+def test_a_link_that_leads_nowhere_is_passed_over(place: Place) -> None:
+    checkpoints = save(place, 10, 20)
+    path = path_of(place, 20, TENSORS)
+    path.unlink()
+    path.symlink_to(path.name)  # To itself.
+    loaded = checkpoints.newest()
+    assert loaded is not None and loaded.found.step == 10
+
+
+@pytest.mark.parametrize("order", [None, [1], {"lanes": "x"}, {"lanes": [1]}], ids=str)
+def test_the_driver_plans_with_the_newest_state_that_can_be_gone_on_with(place: Place, order: Any) -> None:
+    checkpoints = Checkpoints(place, keep=9)
+    for step in (10, 20):
+        checkpoints.save(step, tensors(step), {"order": {"lanes": 4}, "engine": f"at {step}"})
+    assert checkpoints.newest_state()["engine"] == "at 20"
+    rewrite(place, 20, lambda state: state.update(order=order))
+    assert checkpoints.newest_state() == {**checkpoints.newest_state(), "order": {"lanes": 4}, "engine": "at 10"}
+    truncate(path_of(place, 10, STATE))
+    assert checkpoints.newest_state() == {}

@@ -9,6 +9,7 @@ from pipelines.training.muon import Muon, orthogonal
 from pipelines.training.optimizers import build_optimizers, is_kernel, set_lr
 from pipelines.training.schedule_free import ScheduleFreeAdamW
 from tests.pipelines.training.tiny import TinyModel
+from vit_model import ViTConfig, build_model
 
 
 def test_only_kernels_decay() -> None:
@@ -60,9 +61,18 @@ def test_muon_treats_fused_q_k_v_as_three_matrices() -> None:
     fused.grad = gradient.clone()
     for part, piece in zip(split, gradient.chunk(3), strict=True):
         part.grad = piece.clone()
-    Muon([{"params": [fused]}], 0.1, 0.9, 0.0).step()
+    Muon([{"params": [fused]}], 0.1, 0.9, 0.0, fused=[fused]).step()
     Muon([{"params": split}], 0.1, 0.9, 0.0).step()
     torch.testing.assert_close(fused.detach(), torch.cat([part.detach() for part in split]))
+
+
+def test_muon_knows_q_k_v_by_name_and_not_by_shape() -> None:
+    """An MLP of three times the width has the shape of q, k and v."""
+    model = build_model(ViTConfig(resolution=8, patch_size=4, width=12, depth=1, mlp_dim=36, num_heads=2), 3, seed=0)
+    muon = build_optimizers(model, MuonAdamW())[0]
+    assert isinstance(muon, Muon)
+    fused = {name for name, parameter in model.named_parameters() if id(parameter) in muon._fused}
+    assert len(fused) == 1 and fused.pop().endswith("qkv.weight")
 
 
 def test_muon_is_refused_for_a_model_without_blocks() -> None:

@@ -13,11 +13,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from pipelines import identity, store
 from pipelines.training.build import build_state
-from pipelines.training.config import AdamW, EmaConfig, ParallelConfig, TrainConfig
-from pipelines.training.loop import Hooks, train
+from pipelines.training.checkpoint import Checkpoints
+from pipelines.training.config import AdamW, EmaConfig, ParallelConfig, ScheduleFree, TrainConfig
+from pipelines.training.loop import Hooks, LoopConfig, train
 from pipelines.training.parallel import Ranks
 from pipelines.training.parameter_sharding import ParameterSharding
+from pipelines.training.schedules import ScheduleConfig
 from pipelines.training.state import TrainState
 from tests.pipelines.training.tiny import TinyModel, make_batches, make_config, prepare
 
@@ -32,11 +35,14 @@ def build(ranks: Ranks, parallel: ParallelConfig, **changes: Any) -> TrainState:
     )
 
 
-def losses_of(state: TrainState, ranks: Ranks, steps: int = STEPS, **changes: Any) -> list[float]:
+def losses_of(
+    state: TrainState, ranks: Ranks, steps: int = STEPS, config: LoopConfig | None = None, **changes: Any
+) -> list[float]:
     each = 8 // ranks.world_size
     part = slice(ranks.rank * each, (ranks.rank + 1) * each)
-    config = make_config(STEPS, log_every_steps=1)
-    config = dataclasses.replace(config, train=dataclasses.replace(OPTIONS, **changes))
+    if config is None:
+        config = make_config(STEPS, log_every_steps=1)
+        config = dataclasses.replace(config, train=dataclasses.replace(OPTIONS, **changes))
     seen: list[float] = []
     hooks = Hooks(window=lambda _, metrics: seen.append(metrics["train/loss"]), wants_stop=lambda: state.step >= steps)
     train(state, make_batches(state.step, part=part), config, ranks, prepare, hooks)
@@ -102,3 +108,46 @@ def test_sharded_parameters_train_as_whole_ones_do(
 def test_one_worker_has_nothing_to_cut() -> None:
     with pytest.raises(ValueError, match="cuts the weights over workers and there is one; use ddp"):
         build(Ranks(), ParallelConfig(kind="fsdp"))
+
+
+def schedule_free(ranks: Ranks, root: str, steps: int, resume: bool, save: bool) -> dict[str, Any]:
+    """Six classes: on two ranks the head's bias has as many rows as Schedule-Free's clock has numbers."""
+    torch.manual_seed(7)
+    model = TinyModel(0.0)
+    model.head = torch.nn.Linear(8, 6)
+    options = TrainConfig(batch_size=8, total_steps=STEPS)
+    state = build_state(model, options, ScheduleFree(peak_lr=1e-2), ranks, ParallelConfig(kind="fsdp"), local_size=2)
+    attempt = identity.Attempt("pretrain", "d" * 64, 1, root, "t1", 1)
+    assert state.gradients is not None
+    checkpoints = Checkpoints(attempt, 2, state.gradients.part)
+    if resume:
+        loaded = checkpoints.newest()
+        assert loaded is not None
+        state.load(loaded.tensors, loaded.found.step)
+    losses = losses_of(
+        state,
+        ranks,
+        steps,
+        config=LoopConfig(
+            train=options, schedule=ScheduleConfig(decay="constant"), peak_lr=1e-2, total_steps=STEPS, log_every_steps=1
+        ),
+    )
+    if save:
+        tensors = state.tensors()
+        rows = state.gradients.rows(tensors)
+        assert not [key for key in rows if key.endswith("/schedule")]
+        for turn in (1, 0):  # Rank 0 commits once all parts have come.
+            if ranks.rank == turn:
+                checkpoints.save(state.step, tensors, {"order": {}}, rows, "token")
+            dist.barrier()
+    return {"losses": losses}
+
+
+def test_schedule_free_resumes_where_its_clock_has_the_shape_of_a_cut_tensor(tmp_path: Path) -> None:
+    root = str(tmp_path / "run")
+    store.write_json(store.join(root, "lease.json"), {"token": "t1"})
+    whole = together(2, tmp_path / "whole", schedule_free, root, STEPS, False, False)
+    first = together(2, tmp_path / "first", schedule_free, root, 3, False, True)
+    second = together(2, tmp_path / "second", schedule_free, root, STEPS, True, False)
+    for rank in range(2):
+        assert first[rank]["losses"] + second[rank]["losses"] == whole[rank]["losses"]

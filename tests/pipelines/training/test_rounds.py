@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from pipelines import store
+from pipelines.identity import CannotResume
 from pipelines.training import worker
 from pipelines.training.config import WorkerConfig
-from pipelines.training.names import OUTCOME, STOP
+from pipelines.training.names import OUTCOME, STOP, TrainingError
 from pipelines.training.placement import Placement
 from pipelines.training.watch import GroupLost, ask_to_make_way
 from tests.pipelines.tracking.toys import attempt
@@ -43,8 +44,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[i
                 assert not store.exists(store.join(job.attempt.uri, OUTCOME)), "the word of the group before"
                 assert not store.exists(store.join(job.attempt.uri, STOP)), "a wish that was fulfilled"
                 outcome = next(left)
-                if outcome is None:
-                    return RuntimeError("lost")
+                if outcome is None or isinstance(outcome, BaseException):
+                    return outcome or RuntimeError("lost")
                 ask_to_make_way(job.attempt, "asked")
                 store.write_json(store.join(job.attempt.uri, OUTCOME), outcome)
                 return None
@@ -75,6 +76,14 @@ def test_a_range_is_given_up_after_max_failures_and_a_fixed_number_by_ray_itself
         run([None, None, None], [2, 2], (1, 4), max_failures=2)
     with pytest.raises(GroupLost):
         run([None], [], None)
+
+
+def test_what_no_rank_can_build_is_not_tried_again(run: Callable[..., list[int]]) -> None:
+    """With a range of workers too, where a group that is lost without an outcome is started anew."""
+    for final in (TrainingError("parallel.kind=fsdp cuts"), CannotResume("another engine")):
+        with pytest.raises(type(final), match=str(final)) as caught:
+            run([final], [4] * 9, (1, 4), max_failures=8)
+        assert not isinstance(caught.value, GroupLost)
 
 
 def test_a_stop_that_nobody_wants_resumed_is_an_interrupt(run: Callable[..., list[int]]) -> None:

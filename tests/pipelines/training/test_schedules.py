@@ -69,6 +69,24 @@ def test_a_setting_of_another_decay_is_refused(values: dict[str, object], text: 
         ScheduleConfig(**values)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("end_lr", [-1.0, float("nan"), float("inf")])
+def test_an_end_that_goes_uphill_is_refused(end_lr: float) -> None:
+    with pytest.raises(ValueError, match=r"end_lr=.* is not 0 or more"):
+        ScheduleConfig(decay="cosine", end_lr=end_lr)
+
+
+@pytest.mark.parametrize(("warmup", "total", "remedy"), [(45, 50, "nearest usual cooldown: 4"), (2, 3, "leave the")])
+def test_the_cooldown_that_is_offered_fits(warmup: int, total: int, remedy: str) -> None:
+    given = ScheduleConfig(decay="constant", warmup_steps=warmup, cooldown_steps=10)
+    with pytest.raises(ValueError, match=remedy):
+        given.check(total)
+
+
+def test_a_warm_up_that_never_ends_is_said_before_any_cooldown() -> None:
+    with pytest.raises(ValueError, match="the learning rate would never reach its peak"):
+        ScheduleConfig(decay="constant", warmup_steps=50, cooldown_steps=10).check(50)
+
+
 def test_a_cooldown_without_room_is_refused() -> None:
     with pytest.raises(ValueError, match="leave none of total_steps=50"):
         ScheduleConfig(decay="rsqrt", warmup_steps=20, cooldown_steps=40).check(50)

@@ -22,9 +22,10 @@ from pipelines.training.build import build_state
 from pipelines.training.config import AdamW, BestConfig, CheckpointConfig, EmaConfig
 from pipelines.training.names import FAULT, OUTCOME, PROGRESS, SAMPLES, STOP, WEIGHTS, TrainingError
 from pipelines.training.parallel import Ranks
+from pipelines.training.reporter import Reporter
 from pipelines.training.session import Session, SessionConfig
 from pipelines.training.state import TrainState
-from pipelines.training.watch import GroupLost, MadeWay, ask_to_make_way, forget_round, read_outcome
+from pipelines.training.watch import GroupLost, MadeWay, Watcher, ask_to_make_way, forget_round, read_outcome
 from tests.pipelines.training.tiny import CLASSES, TinyModel, make_batch, make_config, prepare
 
 STEPS = 20
@@ -185,7 +186,7 @@ def test_lanes_come_from_the_checkpoint_whatever_the_new_start_would_choose(plac
         session(place.attempt(1), until=kill_at(11)).run()
     again = session(place.attempt(2), lanes=8, window_pages=2)
     again.run()
-    assert (again._order["lanes"], again._order["window_pages"]) == (4, 4)
+    assert (again._order.fields["lanes"], again._order.fields["window_pages"]) == (4, 4)
 
 
 def test_again_starts_from_the_beginning(place: Place) -> None:
@@ -321,8 +322,6 @@ def test_no_point_of_the_curves_is_lost_while_tracking_cannot_be_reached(place: 
         yield log
         closed.append(True)
 
-    from pipelines.training.reporter import Reporter
-
     reporter = Reporter(place.attempt(1).uri, open_log, every_seconds=0.05)
     for step in range(5):
         reporter.log({"train/loss": 1.0}, step)
@@ -334,7 +333,7 @@ def test_another_order_of_images_is_refused(place: Place) -> None:
     with pytest.raises(Killed):
         session(place.attempt(1), until=kill_at(11)).run()
     one = session(place.attempt(2))
-    one._order["corpus"] = "other"
+    one._order.fields["corpus"] = "other"
     with pytest.raises(identity.CannotResume, match="another order of images"):
         one.run()
     assert place.read(2, OUTCOME)["begin_anew"]
@@ -355,8 +354,8 @@ def test_another_decode_engine_in_the_middle_of_a_run_is_refused(place: Place) -
 
 def test_a_checkpoint_of_before_engines_and_windows_were_kept_is_taken(place: Place) -> None:
     one = session(place.attempt(1))
-    one._order.pop("window_pages")
-    whole = one._saves._checkpoints.save(5, one.state.tensors(), {"order": one._order, "curves": []})
+    one._order.fields.pop("window_pages")
+    whole = one._saves._checkpoints.save(5, one.state.tensors(), {"order": one._order.fields, "curves": []})
     seen: list[int] = []
     session(place.attempt(2), until=seen.append).run()
     assert seen[0] == whole.step == 5
@@ -469,3 +468,18 @@ def test_too_many_bad_steps_are_no_accident(place: Place) -> None:
     with pytest.raises(TrainingError, match="5 steps were left out before it"):
         one.run()
     assert "is not finite" in place.read(1, OUTCOME)["error"]
+
+
+def test_every_note_is_said_once_however_many_there_are(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    attempt = place.attempt(1)
+    watcher = Watcher(attempt, lambda *_, **__: None)
+    for start in range(2):
+        reporter = Reporter(attempt.uri, lambda: nullcontext(Tracking([])), every_seconds=3600)
+        for number in range(130):
+            reporter.note(f"start {start}, note {number}")
+            if number % 40 == 39 or number == 129:
+                store.write_json(store.join(attempt.uri, PROGRESS), reporter._progress)
+                watcher(now=True)
+        reporter.close()
+    told = capsys.readouterr()
+    assert (told.out + told.err).count("start 0, note ") == (told.out + told.err).count("start 1, note ") == 130
