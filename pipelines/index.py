@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pipelines.corpus.anomalies import Anomaly
     from pipelines.corpus.manifest import Corpus
     from pipelines.corpus.scanned import ScannedTar
+    from pipelines.corpus.withdrawn import Destination
 
 __all__ = ["STAGE", "VERSION", "IndexRecipe", "adopt_tars", "run"]
 
@@ -69,12 +70,14 @@ def run(recipe: IndexRecipe) -> StageResult:
     """Make the manifest, or return the one that the same tars and recipe made before."""
     from pipelines.corpus.adoption import list_tars
     from pipelines.corpus.manifest import corpus_base
+    from pipelines.corpus.withdrawn import look_at
 
     listing = list_tars(recipe.source)
     # The place is part of the identity: the same tars in another place are another corpus to open.
     recipe = dataclasses.replace(recipe, destination=corpus_base(recipe.destination or listing.base))
-    inputs = {"source": listing.digest}
-    return identity.run_stage(STAGE, VERSION, recipe, inputs, partial(_work, recipe, listing), missing=_lost)
+    found = look_at(recipe.destination or listing.base)
+    inputs = {"source": listing.digest, **found.inputs}
+    return identity.run_stage(STAGE, VERSION, recipe, inputs, partial(_work, recipe, listing, found), missing=_lost)
 
 
 def _lost(result: StageResult) -> str | None:
@@ -88,12 +91,12 @@ def _lost(result: StageResult) -> str | None:
     return None
 
 
-def _work(recipe: IndexRecipe, listing: TarListing, attempt: Attempt) -> StageResult:
+def _work(recipe: IndexRecipe, listing: TarListing, found: Destination, attempt: Attempt) -> StageResult:
     from pipelines.tracking.run import track
 
     with track(attempt, recipe) as run:
         started = time.monotonic()
-        adopted = adopt_tars(recipe, listing, keep=not identity.AGAIN.get(), before_commit=attempt.check)
+        adopted = adopt_tars(recipe, listing, found, keep=not identity.AGAIN.get(), before_commit=attempt.check)
         corpus, head = adopted.corpus, adopted.corpus.head
         seconds = time.monotonic() - started
         rejected = sum(head.rejected.values())
@@ -130,6 +133,7 @@ def _work(recipe: IndexRecipe, listing: TarListing, attempt: Attempt) -> StageRe
 def adopt_tars(
     recipe: IndexRecipe,
     listing: TarListing | None = None,
+    found: Destination | None = None,
     *,
     keep: bool = True,
     before_commit: Callable[[], None] = lambda: None,
@@ -145,13 +149,13 @@ def adopt_tars(
         split_of,
     )
     from pipelines.corpus.anomalies import anomaly_table
-    from pipelines.corpus.commit import commit, current_etag, one_writer
-    from pipelines.corpus.manifest import corpus_base
+    from pipelines.corpus.commit import commit, make_current, one_writer
     from pipelines.corpus.quarantine import check_fraction
+    from pipelines.corpus.withdrawn import keep_withdrawn, look_at
 
     listing = listing or list_tars(recipe.source)
-    base = corpus_base(recipe.destination or listing.base)
-    current = current_etag(base)
+    found = found or look_at(recipe.destination or listing.base)
+    base = found.base
     splits = [split_of(tar.path, recipe.split) for tar in listing.tars]
     places, scans, reused = _scan(recipe, listing, splits, base, keep)
     _check_damage(recipe, listing, scans)
@@ -171,14 +175,16 @@ def adopt_tars(
             base,
             records,
             class_names=class_names,
-            current=current,
+            current=None,
             ignored=ignored,
             source=listing.base,
             recipe={"stage": STAGE, **_deciding(recipe)},
             tables={"anomalies": anomaly_table(listed)},
             multi_label=any(scan.multi_label for scan in scans),
+            is_current=False,
         )
-        corpus = point_to(corpus, records)
+        corpus = keep_withdrawn(point_to(corpus, records), found)
+        make_current(base, corpus.digest, found.current)
     adopted = Adopted(corpus, counts, listed, reused)
     _tell(adopted)
     return adopted

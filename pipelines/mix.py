@@ -13,6 +13,7 @@ from pipelines.identity import StageResult
 
 if TYPE_CHECKING:
     from pipelines.corpus.manifest import Corpus
+    from pipelines.corpus.withdrawn import Destination
 
 __all__ = ["STAGE", "VERSION", "MixPart", "MixRecipe", "make_mix", "run"]
 
@@ -56,31 +57,37 @@ class MixRecipe(Strict):
 def run(recipe: MixRecipe) -> StageResult:
     """Make the mixture, or return the one that the same recipe and corpora made before."""
     from pipelines.corpus.manifest import open_corpus
+    from pipelines.corpus.withdrawn import look_at
     from pipelines.subset import track_making
 
     corpora = {name: open_corpus(part.corpus) for name, part in recipe.corpora.items()}
-    inputs = {f"corpora.{name}": corpus.digest for name, corpus in corpora.items()}
-    work = partial(track_making, recipe, lambda check: make_mix(recipe, corpora, before_commit=check))
+    found = look_at(recipe.destination)
+    inputs = {f"corpora.{name}": corpus.digest for name, corpus in corpora.items()} | found.inputs
+    work = partial(track_making, recipe, lambda check: make_mix(recipe, corpora, found, before_commit=check))
     return identity.run_stage(STAGE, VERSION, recipe, inputs, work)
 
 
 def make_mix(
-    recipe: MixRecipe, corpora: Mapping[str, Corpus], *, before_commit: Callable[[], None] = lambda: None
+    recipe: MixRecipe,
+    corpora: Mapping[str, Corpus],
+    found: Destination | None = None,
+    *,
+    before_commit: Callable[[], None] = lambda: None,
 ) -> Corpus:
     """The work itself, without identity and tracking."""
     import numpy as np
 
-    from pipelines.corpus.commit import Description, current_etag, make_current, one_writer
+    from pipelines.corpus.commit import Description, make_current, one_writer
     from pipelines.corpus.errors import CorpusError
-    from pipelines.corpus.manifest import corpus_base
     from pipelines.corpus.selection import repeat_factors, single_labels, whole_times
     from pipelines.corpus.views import Part, write_view
+    from pipelines.corpus.withdrawn import keep_withdrawn, look_at
     from pipelines.subset import materialise
 
     if len({corpus.head.multi_label for corpus in corpora.values()}) > 1:
         raise CorpusError("some of the corpora have one label an image, others a list of them; they cannot be mixed")
-    base = corpus_base(recipe.destination)
-    current = current_etag(base)
+    found = found or look_at(recipe.destination)
+    base = found.base
     class_names, maps = _label_space(recipe, corpora)
     times = {
         name: {split: _labelled(corpus, split, maps[name]) for split in corpus.splits}
@@ -110,10 +117,10 @@ def make_mix(
     )
     parts = [Part(corpora[name], times[name], maps[name]) for name in corpora]
     with one_writer(base) as check:
-        made = materialise(write_view(base, parts, described, []), recipe)
+        made = keep_withdrawn(materialise(write_view(base, parts, described, []), recipe), found)
         check()
         before_commit()
-        make_current(base, made.digest, current)
+        make_current(base, made.digest, found.current)
     return made
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pipelines.corpus.manifest import Corpus, Head
     from pipelines.corpus.plan import Listing, Plan
     from pipelines.corpus.sources import Source
+    from pipelines.corpus.withdrawn import Destination
 
 __all__ = ["STAGE", "VERSION", "ShardRecipe", "make_corpus", "run", "write_shards"]
 
@@ -49,6 +50,7 @@ class ShardRecipe(Strict):
     jpeg: Literal["keep", "tiled"] = "keep"  # tiled: restart markers, so that readers decode less; same pixels.
     max_bad_fraction: float = 0.01  # Fail when more images than this are bad.
     append: bool = False  # Add what is new to the current version of the destination, as its next one.
+    restore: bool = False  # Let images come again that `vit corpus exclude` withdrew from the destination.
     num_workers: int | None = how(default=None)  # Shards made at a time; null: one a CPU of the cluster; 0: no Ray.
 
     def __post_init__(self) -> None:
@@ -58,6 +60,8 @@ class ShardRecipe(Strict):
             raise ValueError(f"max_bad_fraction={self.max_bad_fraction} is not between 0 and 1")
         if self.num_workers is not None and self.num_workers < 0:
             raise ValueError(f"num_workers={self.num_workers} is below 0; leave it out for one per CPU")
+        if self.append and self.restore:
+            raise ValueError("restore has no effect with append, which keeps what is there; leave one of them out")
         if self.splits is not None:
             self._check_splits(self.splits)
         if self.classes is not None:
@@ -81,26 +85,29 @@ class ShardRecipe(Strict):
 
 def run(recipe: ShardRecipe) -> StageResult:
     """Make the corpus, or return the one that the same source and recipe made before."""
-    from pipelines.corpus.manifest import open_corpus
     from pipelines.corpus.sources import open_source
+    from pipelines.corpus.withdrawn import look_at
 
     source = open_source(recipe.source)
+    found = look_at(recipe.destination)
     inputs = {"source": source.digest}
     if recipe.append:
-        inputs["parent"] = open_corpus(f"{recipe.destination}@current").digest
-    work = partial(_work, recipe, source)
+        inputs["parent"] = found.parent.digest
+    elif not recipe.restore:
+        inputs |= found.inputs
+    work = partial(_work, recipe, source, found)
     result = identity.run_stage(STAGE, VERSION, recipe, inputs, work, missing=lost_object)
     if result.reused:
-        _point_to(result.uri)
+        _point_to(result.uri, found.current)
     return result
 
 
-def _work(recipe: ShardRecipe, source: Source, attempt: Attempt) -> StageResult:
+def _work(recipe: ShardRecipe, source: Source, found: Destination, attempt: Attempt) -> StageResult:
     from pipelines.tracking.run import track
 
     with track(attempt, recipe, tags={"vit.source_kind": source.kind}) as run:
         started = time.monotonic()
-        corpus = make_corpus(recipe, source, before_build=partial(_forget, attempt), before_commit=attempt.check)
+        corpus = make_corpus(recipe, source, found, before_build=partial(_forget, attempt), before_commit=attempt.check)
         metrics = _metrics(corpus, time.monotonic() - started)
         run.set_tags({"vit.corpus": corpus.reference})
         run.log_metrics(metrics, step=0)
@@ -113,24 +120,28 @@ def _work(recipe: ShardRecipe, source: Source, attempt: Attempt) -> StageResult:
 def make_corpus(
     recipe: ShardRecipe,
     source: Source | None = None,
+    found: Destination | None = None,
     *,
     keep: bool = True,
     before_build: Callable[[Plan], None] = lambda plan: None,
     before_commit: Callable[[], None] = lambda: None,
 ) -> Corpus:
-    """The work itself, without identity and tracking. `keep` takes over shards that an earlier attempt finished."""
-    from pipelines.corpus.commit import current_etag, make_current, one_writer
+    """The work itself, without identity and tracking. `keep` takes over shards that an earlier attempt finished.
+
+    `found` is the destination as it was when the identity of the run was worked out.
+    """
+    from pipelines.corpus.commit import make_current, one_writer
     from pipelines.corpus.grow import join_versions
-    from pipelines.corpus.manifest import corpus_base, open_corpus
     from pipelines.corpus.sources import open_source
     from pipelines.corpus.tiled import check_tiling
+    from pipelines.corpus.withdrawn import keep_withdrawn, look_at
 
     if recipe.jpeg == "tiled":
         check_tiling()
     source = source or open_source(recipe.source)
-    base = corpus_base(recipe.destination)
-    current = current_etag(base)
-    parent = open_corpus(f"{base}@current") if recipe.append else None
+    found = found or look_at(recipe.destination)
+    base = found.base
+    parent = found.parent if recipe.append else None
     planned = _plan(recipe, source, base, parent)
     if planned is None:
         assert parent is not None
@@ -140,9 +151,11 @@ def make_corpus(
         corpus = write_shards(recipe, *planned, keep=keep, before_build=before_build)
         if parent is not None:
             corpus = join_versions(parent, corpus)
+        elif not recipe.restore:
+            corpus = keep_withdrawn(corpus, found)
         check()
         before_commit()
-        make_current(base, corpus.digest, current)
+        make_current(base, corpus.digest, found.current)
     return corpus
 
 
@@ -284,14 +297,15 @@ def lost_object(result: StageResult) -> str | None:
     return None
 
 
-def _point_to(reference: str) -> None:
-    """NAME@current is what the last command asked for, also where that was finished long ago."""
-    from pipelines.corpus.commit import current_etag
+def _point_to(reference: str, etag: str | None) -> None:
+    """NAME@current is what the last command asked for, also where that was finished long ago.
+
+    `etag`: of current.json when this run looked at it.
+    """
     from pipelines.corpus.errors import CorpusError
 
     base, _, digest = reference.rpartition("@")
     uri = store.join(base, "current.json")
-    etag = current_etag(base)
     former = store.read_json(uri)["digest"] if etag is not None else None
     if former == digest:
         return

@@ -14,6 +14,7 @@ from pipelines.progress import say
 
 if TYPE_CHECKING:
     from pipelines.corpus.manifest import Corpus
+    from pipelines.corpus.withdrawn import Destination
     from pipelines.mix import MixRecipe
 
 __all__ = ["STAGE", "VERSION", "SubsetRecipe", "make_subset", "materialise", "run", "track_making"]
@@ -53,16 +54,23 @@ class SubsetRecipe(Strict):
 def run(recipe: SubsetRecipe) -> StageResult:
     """Make the subset, or return the one that the same recipe and corpus made before."""
     from pipelines.corpus.manifest import open_corpus
+    from pipelines.corpus.withdrawn import look_at
 
     corpus = open_corpus(recipe.corpus)
-    work = partial(track_making, recipe, lambda check: make_subset(recipe, corpus, before_commit=check))
-    return identity.run_stage(STAGE, VERSION, recipe, {"corpus": corpus.digest}, work)
+    found = look_at(recipe.destination)
+    work = partial(track_making, recipe, lambda check: make_subset(recipe, corpus, found, before_commit=check))
+    return identity.run_stage(STAGE, VERSION, recipe, {"corpus": corpus.digest, **found.inputs}, work)
 
 
-def make_subset(recipe: SubsetRecipe, corpus: Corpus, *, before_commit: Callable[[], None] = lambda: None) -> Corpus:
+def make_subset(
+    recipe: SubsetRecipe,
+    corpus: Corpus,
+    found: Destination | None = None,
+    *,
+    before_commit: Callable[[], None] = lambda: None,
+) -> Corpus:
     """The work itself, without identity and tracking."""
-    from pipelines.corpus.commit import Description, current_etag, make_current, one_writer
-    from pipelines.corpus.manifest import corpus_base
+    from pipelines.corpus.commit import Description, make_current, one_writer
     from pipelines.corpus.selection import (
         first_per_class,
         present,
@@ -72,10 +80,11 @@ def make_subset(recipe: SubsetRecipe, corpus: Corpus, *, before_commit: Callable
         whole_times,
     )
     from pipelines.corpus.views import Part, write_view
+    from pipelines.corpus.withdrawn import keep_withdrawn, look_at
 
     corpus.pages(recipe.split)  # Says which splits there are.
-    base = corpus_base(recipe.destination)
-    current = current_etag(base)
+    found = found or look_at(recipe.destination)
+    base = found.base
     times = present(corpus, recipe.split)
     if recipe.fraction is not None:
         times = random_fraction(times, recipe.fraction, recipe.seed)
@@ -92,10 +101,10 @@ def make_subset(recipe: SubsetRecipe, corpus: Corpus, *, before_commit: Callable
     )
     parts = [Part(corpus, {split: times if split == recipe.split else None for split in corpus.splits})]
     with one_writer(base) as check:
-        made = materialise(write_view(base, parts, described, []), recipe)
+        made = keep_withdrawn(materialise(write_view(base, parts, described, []), recipe), found)
         check()
         before_commit()
-        make_current(base, made.digest, current)
+        make_current(base, made.digest, found.current)
     return made
 
 

@@ -13,7 +13,7 @@ from pipelines.corpus.changed import check_unchanged
 from pipelines.corpus.commit import Description, current_etag, make_current
 from pipelines.corpus.entries import Entries
 from pipelines.corpus.errors import CorpusError
-from pipelines.corpus.manifest import Corpus, open_corpus
+from pipelines.corpus.manifest import Corpus, corpus_base, open_corpus
 from pipelines.corpus.quarantine import Rejected
 from pipelines.corpus.rows import tar_rows
 from pipelines.corpus.selection import present
@@ -36,8 +36,8 @@ def quarantined(corpus: Corpus) -> list[Rejected]:
 
 def exclude(reference: str, listed: Iterable[str], source: str = "") -> Corpus:
     """Withdraw images, named by key or by relative path, as the new current version. Raises CorpusError."""
+    current = current_etag(corpus_base(reference.rpartition("@")[0]))  # First: who moves it from now on is noticed.
     corpus = open_corpus(reference)
-    current = current_etag(corpus.uri)
     wanted = {line.strip() for line in listed if line.strip()}
     if not wanted:
         raise CorpusError(f"{source or 'the list'} names no image; it takes a key or a relative path a line")

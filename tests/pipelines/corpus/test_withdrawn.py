@@ -1,0 +1,98 @@
+"""What was withdrawn stays out when the corpus is made again; copies of it are named or go with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.config import from_dict
+from pipelines.corpus.errors import CorpusError
+from pipelines.corpus.grow import exclude
+from pipelines.corpus.manifest import Corpus, open_corpus
+from pipelines.corpus.withdrawn import look_at
+from pipelines.index import IndexRecipe, adopt_tars
+from pipelines.shard import ShardRecipe, _point_to, make_corpus
+from pipelines.subset import SubsetRecipe, make_subset
+
+from .inputs import class_folders, picture, tar_bytes
+
+
+def shard(source: Path, base: Path, **settings: Any) -> Corpus:
+    values: dict[str, Any] = {"source": str(source), "destination": str(base), "num_workers": 0}
+    return make_corpus(ShardRecipe(**(values | settings)))
+
+
+def paths(corpus: Corpus, split: str = "train") -> list[str]:
+    return list(corpus.samples(split)["source"].to_pylist())
+
+
+def current(base: Path) -> Corpus:
+    return open_corpus(f"{base}@current")
+
+
+def test_a_corpus_that_is_sharded_again_keeps_its_withdrawn_images_out(tmp_path: Path) -> None:
+    source, base = class_folders(tmp_path / "s", {"a": 5, "b": 5}), tmp_path / "c"
+    whole = shard(source, base)
+    without = exclude(f"{base}@current", ["a/0000.png"], "takedown.txt")
+    assert shard(source, base) == without == current(base)  # The same source: nothing has changed.
+    (source / "b" / "new.png").write_bytes(picture(99))
+    grown = shard(source, base)
+    assert sum(grown.splits.values()) == 10 and "a/0000.png" not in paths(grown) and "b/new.png" in paths(grown)
+    assert grown.head.rejected == {"withdrawn": 1}
+    assert grown.quarantine()["detail"].to_pylist() == ["listed in takedown.txt"]
+    (source / "a" / "0000.png").unlink()
+    shard(source, base)
+    (source / "a" / "0000.png").write_bytes(picture(0))
+    back = shard(source, base, restore=True)
+    assert "a/0000.png" in paths(back) and back.head.rejected == {} and current(base) == back
+    assert shard(source, tmp_path / "other").digest == back.digest != whole.digest
+    with pytest.raises(ValueError, match="restore has no effect with append"):
+        ShardRecipe(source="s", destination="d", append=True, restore=True)
+
+
+def test_a_withdrawal_is_an_input_of_the_run_and_one_that_comes_in_between_is_not_lost(tmp_path: Path) -> None:
+    source, base = class_folders(tmp_path / "s", {"a": 5, "b": 5}), tmp_path / "c"
+    assert look_at(str(base)).inputs == {}
+    first = shard(source, base)
+    seen = look_at(str(base))
+    assert seen.inputs == {} and seen.version == first
+    exclude(f"{base}@current", ["a/0000.png"])
+    assert look_at(str(base)).inputs.keys() == {"withdrawn"}
+    with pytest.raises(CorpusError, match="was moved by another writer"):
+        _point_to(first.reference, seen.current)  # A finished run that is reused.
+    (source / "b" / "new.png").write_bytes(picture(99))
+    values: dict[str, Any] = {"source": str(source), "destination": str(base), "num_workers": 0}
+    with pytest.raises(CorpusError, match="by another writer"):
+        make_corpus(ShardRecipe(**values), found=seen)
+    with pytest.raises(CorpusError, match="by another writer"):
+        make_corpus(ShardRecipe(**values, append=True), found=seen)
+    assert "a/0000.png" not in paths(current(base))
+
+
+def test_tars_that_are_indexed_again_and_a_subset_made_again_keep_them_out_too(tmp_path: Path) -> None:
+    (tmp_path / "t").mkdir()
+
+    def write(name: str, first: int) -> None:
+        members = [((f"{i}.cls", b"%d" % (i % 2)), (f"{i}.png", picture(first + i))) for i in range(8)]
+        (tmp_path / "t" / name).write_bytes(tar_bytes([member for pair in members for member in pair]))
+
+    def index() -> Corpus:
+        values = {"source": str(tmp_path / "t"), "destination": str(tmp_path / "i"), "num_workers": 0}
+        return adopt_tars(from_dict(IndexRecipe, values)).corpus
+
+    write("x.tar", 0)
+    index()
+    exclude(f"{tmp_path / 'i'}@current", ["x.tar/3.png"])
+    write("y.tar", 50)
+    again = index()
+    assert again.splits == {"train": 15} and "x.tar/3.png" not in paths(again) and current(tmp_path / "i") == again
+
+    values: dict[str, Any] = {"destination": str(tmp_path / "few"), "num_workers": 0, "per_class": 6}
+    for kind in ("never", "always"):
+        recipe = SubsetRecipe(corpus=again.reference, materialise=kind, **values)
+        few = make_subset(recipe, again)
+        one = paths(few)[0]
+        exclude(f"{tmp_path / 'few'}@current", [one])
+        assert one not in paths(make_subset(recipe, again))
