@@ -12,16 +12,16 @@ from pipelines.progress import say
 
 __all__ = ["main"]
 
-USAGE = "vit corpus exclude CORPUS LIST | versions CORPUS"
+USAGE = "vit corpus exclude CORPUS LIST [--copies] | versions CORPUS"
 
 
 def main(arguments: Sequence[str], prepare: Callable[[], None]) -> int:
     """`prepare` brings up what the object store needs. Returns the exit code."""
     match list(arguments):
-        case ["exclude", name, path]:
+        case ["exclude", name, path, *more] if more in ([], ["--copies"]):
             listed = _lines(path)
             prepare()
-            _exclude(name, listed, path)
+            _exclude(name, listed, path, bool(more))
         case ["versions", name]:
             prepare()
             _versions(name)
@@ -39,14 +39,14 @@ def _lines(path: str) -> list[str]:
         raise CorpusError(f"cannot read {path}: {error.strerror}; LIST is a file with a key or a path a line") from None
 
 
-def _exclude(name: str, listed: list[str], path: str) -> None:
+def _exclude(name: str, listed: list[str], path: str, copies: bool) -> None:
     from pipelines.corpus.commit import one_writer
     from pipelines.corpus.grow import exclude
     from pipelines.corpus.manifest import corpus_base
 
     base = corpus_base(name.removesuffix("@current"))
     with one_writer(base):
-        made = exclude(f"{base}@current", listed, path)
+        made = exclude(f"{base}@current", listed, path, copies=copies)
     counts = ", ".join(f"{split} {count:,}" for split, count in made.splits.items())
     say(f"{made.uri}@{made.digest[:12]}: {made.head.rejected.get('withdrawn', 0):,} images withdrawn; {counts}")
 

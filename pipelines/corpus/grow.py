@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from pipelines.corpus.views import Part, write_view
 __all__ = ["exclude", "join_versions", "only_new", "quarantined", "versions"]
 
 
+log = logging.getLogger(__name__)
 KEY = re.compile("[0-9a-f]{16}")  # Of a sample that `vit shard` wrote; tars that were adopted have keys of their own.
 
 
@@ -34,34 +37,50 @@ def quarantined(corpus: Corpus) -> list[Rejected]:
     ]
 
 
-def exclude(reference: str, listed: Iterable[str], source: str = "") -> Corpus:
-    """Withdraw images, named by key or by relative path, as the new current version. Raises CorpusError."""
+def exclude(reference: str, listed: Iterable[str], source: str = "", *, copies: bool = False) -> Corpus:
+    """Withdraw images, named by key or by relative path, as the new current version. Raises CorpusError.
+
+    `copies`: every other image of the same bytes too; without it those that go on coming are named.
+    """
     current = current_etag(corpus_base(reference.rpartition("@")[0]))  # First: who moves it from now on is noticed.
     corpus = open_corpus(reference)
     wanted = {line.strip() for line in listed if line.strip()}
     if not wanted:
         raise CorpusError(f"{source or 'the list'} names no image; it takes a key or a relative path a line")
-    found: set[str] = set()
-    withdrawn: list[Rejected] = []
-    times: dict[str, Any] = {}
-    for split in corpus.splits:
-        times[split] = present(corpus, split)
-        first = 0
-        for table in tar_rows(corpus, split, ["key", "source", "label"]):
-            columns = {name: table[name].to_pylist() for name in table.column_names}
-            labels = columns.get("label", [-1] * table.num_rows)
-            for row, (key, path, label) in enumerate(zip(columns["key"], columns["source"], labels, strict=True)):
-                if not wanted.isdisjoint((key, path)):
-                    found |= wanted & {key, path}
-                    if times[split][first + row]:
-                        detail = f"listed in {source}" if source else "listed"
-                        withdrawn.append(Rejected(key, path, split, label, "withdrawn", detail))
-                        times[split] = _without(times[split], first + row)
-            first += table.num_rows
+    before = {item.source or item.key: item for item in quarantined(corpus)}
+    times = {split: present(corpus, split) for split in corpus.splits}
+    withdrawn: dict[str, Rejected] = {}
+    detail = f"listed in {source}" if source else "listed"
+
+    def withdraw(row: _Row, detail: str) -> None:
+        times[row.split] = _without(times[row.split], row.number)
+        withdrawn[row.source or row.key] = Rejected(row.key, row.source, row.split, row.label, "withdrawn", detail)
+
+    rows = [row for row in _rows(corpus) if not wanted.isdisjoint((row.key, row.source))]
+    # What is in quarantine is listed as withdrawn from now on, whatever was wrong with it: it must not come later.
+    others = [item for item in before.values() if not wanted.isdisjoint((item.key, item.source))]
+    found = wanted & {name for one in (*rows, *others) for name in (one.key, one.source)}
     if missing := sorted(wanted - found):
         raise CorpusError(
             f"{len(missing):,} of {len(wanted):,} listed images are not in {corpus.reference}, such as {missing[0]!r};"
             " a line is a key or a path as in the column `source` of the sample table"
+        )
+    for item in others:
+        if item.reason != "withdrawn":
+            withdrawn[item.source or item.key] = replace(item, reason="withdrawn", detail=detail)
+    for row in rows:
+        if times[row.split][row.number] or (row.source or row.key) not in before:
+            withdraw(row, detail)
+    content = {row.content: row.source for row in rows}
+    same = [row for row in _rows(corpus) if row.content in content and times[row.split][row.number]]
+    if copies:
+        for row in same:
+            withdraw(row, f"{detail} as {content[row.content]}, which has the same bytes")
+    elif same:
+        log.warning(
+            "%d images of the same bytes as withdrawn ones go on coming, such as %s; --copies withdraws them too",
+            len(same),
+            same[0].source,
         )
     if not withdrawn:
         return corpus
@@ -74,9 +93,32 @@ def exclude(reference: str, listed: Iterable[str], source: str = "") -> Corpus:
         source=corpus.head.source,
         recipe={"exclude": source},
     )
-    made = write_view(corpus.uri, [Part(corpus, times)], described, [*quarantined(corpus), *withdrawn])
+    kept = [item for name, item in before.items() if name not in withdrawn]
+    made = write_view(corpus.uri, [Part(corpus, times)], described, [*kept, *withdrawn.values()])
     make_current(corpus.uri, made.digest, current)
     return made
+
+
+@dataclass(slots=True)
+class _Row:
+    split: str
+    number: int  # Of the split's rows in tars.
+    key: str
+    source: str
+    label: int
+    content: bytes
+
+
+def _rows(corpus: Corpus) -> Iterator[_Row]:
+    """What lies in the tars, whether it comes or not."""
+    for split in corpus.splits:
+        first = 0
+        for table in tar_rows(corpus, split, ["key", "source", "label", "content"]):
+            columns = {name: table[name].to_pylist() for name in table.column_names}
+            labels = columns.get("label", [-1] * table.num_rows)
+            values = zip(columns["key"], columns["source"], labels, columns["content"], strict=True)
+            yield from (_Row(split, first + number, *value) for number, value in enumerate(values))
+            first += table.num_rows
 
 
 def _without(times: np.ndarray, row: int) -> np.ndarray:

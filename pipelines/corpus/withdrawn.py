@@ -87,8 +87,8 @@ def keep_withdrawn(made: Corpus, destination: Destination) -> Corpus:
             own[hits] = 0
             first += table.num_rows
     numbers = {name: number for number, name in enumerate(made.class_names)}
-    names = dict(enumerate(destination.version.class_names))
-    kept = [replace(item, label=numbers.get(names.get(item.label, ""), -1)) for item in before]
+    former = dict(enumerate(destination.version.class_names))
+    kept = [replace(item, label=numbers.get(former.get(item.label, ""), -1)) for item in before]
     head = made.head
     described = Description(
         class_names=head.class_names,

@@ -96,3 +96,27 @@ def test_tars_that_are_indexed_again_and_a_subset_made_again_keep_them_out_too(t
         one = paths(few)[0]
         exclude(f"{tmp_path / 'few'}@current", [one])
         assert one not in paths(make_subset(recipe, again))
+
+
+def test_copies_of_a_withdrawn_image_are_named_and_go_with_it_on_request(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, base = class_folders(tmp_path / "s", {"a": 5, "b": 5}), tmp_path / "c"
+    for name in ("b/copy.png", "a/other.png"):
+        (source / name).write_bytes((source / "a" / "0000.png").read_bytes())
+    shard(source, base)
+    one = exclude(f"{base}@current", ["a/0000.png"])
+    assert one.splits == {"train": 11} and "2 images of the same bytes" in caplog.text and "--copies" in caplog.text
+    two = exclude(f"{base}@current", ["a/0000.png"], copies=True)
+    assert two.splits == {"train": 9} and two.head.rejected == {"withdrawn": 3}
+    assert "as a/0000.png" in "".join(two.quarantine()["detail"].to_pylist())
+
+
+def test_a_listed_image_that_was_left_out_as_a_copy_is_withdrawn(tmp_path: Path) -> None:
+    source, base = class_folders(tmp_path / "s", {"a": 5, "b": 5}), tmp_path / "c"
+    (source / "b" / "copy.png").write_bytes((source / "a" / "0000.png").read_bytes())
+    corpus = shard(source, base, duplicates="quarantine")
+    (left,) = [row["source"] for row in corpus.quarantine().to_pylist()]
+    gone = exclude(f"{base}@current", [left], "list", copies=True)
+    assert gone.splits == {"train": 9} and gone.head.rejected == {"withdrawn": 2}
+    assert not {"a/0000.png", "b/copy.png"} & set(paths(gone))
