@@ -81,6 +81,7 @@ class ShardRecipe(Strict):
 
 def run(recipe: ShardRecipe) -> StageResult:
     """Make the corpus, or return the one that the same source and recipe made before."""
+    from pipelines.corpus.commit import point_to_finished
     from pipelines.corpus.manifest import open_corpus
     from pipelines.corpus.sources import open_source
 
@@ -91,7 +92,7 @@ def run(recipe: ShardRecipe) -> StageResult:
     work = partial(_work, recipe, source)
     result = identity.run_stage(STAGE, VERSION, recipe, inputs, work, missing=lost_object)
     if result.reused:
-        _point_to(result.uri)
+        point_to_finished(result.uri, result.details.get("account", ""), STAGE)
     return result
 
 
@@ -142,7 +143,7 @@ def make_corpus(
             corpus = join_versions(parent, corpus)
         check()
         before_commit()
-        make_current(base, corpus.digest, current)
+        make_current(base, corpus.digest, current, corpus.account)
     return corpus
 
 
@@ -266,40 +267,22 @@ def _forget(attempt: Attempt, plan: Plan) -> None:
 
 
 def lost_object(result: StageResult) -> str | None:
-    """Looks for the manifest's head and for some of the tars, however many there are."""
+    """Looks at the manifest and for some of the tars, however many there are."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from pipelines.corpus.manifest import ManifestError, open_corpus
+    from pipelines.corpus.manifest import open_corpus
+    from pipelines.corpus.whole import lost_manifest
 
-    try:
-        corpus = open_corpus(result.uri)
-        shards = corpus.shards
-    except (ManifestError, store.NotFound):
-        return f"the corpus {result.uri} is gone"
+    if problem := lost_manifest(result):
+        return problem
+    corpus = open_corpus(result.uri)
+    shards = corpus.shards
     chosen = range(0, len(shards), -(-len(shards) // MOST_LOOKED_AT))
     with ThreadPoolExecutor(8) as pool:
         for shard, stands in zip(chosen, pool.map(lambda n: store.exists(corpus.shard_uri(n)), chosen), strict=True):
             if not stands:
                 return f"{corpus.shard_uri(shard)} of the corpus is gone"
     return None
-
-
-def _point_to(reference: str) -> None:
-    """NAME@current is what the last command asked for, also where that was finished long ago."""
-    from pipelines.corpus.commit import current_etag
-    from pipelines.corpus.errors import CorpusError
-
-    base, _, digest = reference.rpartition("@")
-    uri = store.join(base, "current.json")
-    etag = current_etag(base)
-    former = store.read_json(uri)["digest"] if etag is not None else None
-    if former == digest:
-        return
-    try:
-        store.write_json(uri, {"digest": digest}, if_match=etag, if_absent=etag is None)
-    except store.Conflict:
-        raise CorpusError(f"{uri} was moved by another writer just now; run the same command again") from None
-    say(f"shard: current is {digest[:12]} again" + (f", it was {former[:12]}" if former else ""))
 
 
 def _build(plan: Plan, num_workers: int | None, keep: bool) -> Iterator[tuple[ShardRecord, bool]]:
@@ -357,6 +340,7 @@ def _details(corpus: Corpus) -> dict[str, Any]:
         "kept": head.noted,
         "ignored": head.ignored,
         "duplicates": head.duplicates,
+        **({"account": corpus.account} if corpus.account else {}),
     }
 
 

@@ -75,7 +75,7 @@ def exclude(reference: str, listed: Iterable[str], source: str = "") -> Corpus:
         recipe={"exclude": source},
     )
     made = write_view(corpus.uri, [Part(corpus, times)], described, [*quarantined(corpus), *withdrawn])
-    make_current(corpus.uri, made.digest, current)
+    make_current(corpus.uri, made.digest, current, made.account)
     return made
 
 
