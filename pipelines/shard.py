@@ -121,7 +121,7 @@ def make_corpus(
 ) -> Corpus:
     """The work itself, without identity and tracking. `keep` takes over shards that an earlier attempt finished."""
     from pipelines.corpus.commit import current_etag, make_current, one_writer
-    from pipelines.corpus.grow import join_versions
+    from pipelines.corpus.grow import NothingNew, join_versions
     from pipelines.corpus.manifest import corpus_base, open_corpus
     from pipelines.corpus.sources import open_source
     from pipelines.corpus.tiled import check_tiling
@@ -138,7 +138,12 @@ def make_corpus(
         say(f"shard: {recipe.source} has no usable image that {parent.reference} has not")
         return parent
     with one_writer(base) as check:
-        corpus = write_shards(recipe, *planned, keep=keep, before_build=before_build)
+        try:
+            corpus = write_shards(recipe, *planned, keep=keep, before_build=before_build, parent=parent)
+        except NothingNew as error:
+            assert parent is not None
+            say(f"shard: {error}")
+            return parent
         if parent is not None:
             corpus = join_versions(parent, corpus)
         check()
@@ -154,9 +159,14 @@ def write_shards(
     *,
     keep: bool = True,
     before_build: Callable[[Plan], None] = lambda plan: None,
+    parent: Corpus | None = None,
 ) -> Corpus:
-    """The shards of a plan and their manifest, not made current; without one that of the recipe."""
+    """The shards of a plan and their manifest, not made current; without one that of the recipe.
+
+    Images that were bad in the `parent` already and still are do not count for `max_bad_fraction`.
+    """
     from pipelines.corpus.commit import Records, commit
+    from pipelines.corpus.grow import NothingNew, bad_before
     from pipelines.corpus.manifest import corpus_base
     from pipelines.corpus.plan import freeze
     from pipelines.corpus.quarantine import check_fraction
@@ -169,7 +179,9 @@ def write_shards(
         plan, listing = planned
     assert listing is not None
     total = plan.samples + len(plan.rejected)
-    check_fraction(plan.rejected, total, recipe.max_bad_fraction)
+    known = bad_before(parent)
+    counted = [item for item in plan.rejected if item.source not in known]
+    check_fraction(counted, total, recipe.max_bad_fraction)
     freeze(plan, listing)
     del listing
     before_build(plan)
@@ -183,11 +195,14 @@ def write_shards(
             records.add(record)
             shards += 1
             rejected += record.rejected
+            counted += [item for item in record.rejected if item.source not in known]
             kept += reused
             done += plan.shards[record.number].rows
             rate = done / (time.monotonic() - started)
             bar.update(done, images_per_second=rate, shards=shards, rejected=len(rejected))
-            check_fraction(rejected, total, recipe.max_bad_fraction)
+            check_fraction(counted, total - len(rejected) + len(counted), recipe.max_bad_fraction)
+    if parent is not None and len(rejected) == total and not counted:
+        raise NothingNew(f"{recipe.source} has no usable image that {parent.reference} has not")
     if kept:
         say(f"shard: {kept} of {shards} shards were finished before and are kept")
     corpus = commit(
@@ -234,10 +249,15 @@ def _plan(recipe: ShardRecipe, source: Source, base: str, parent: Corpus | None)
     """The plan and its listing; None if the parent has everything."""
     from dataclasses import asdict
 
+    from pipelines.corpus.grow import bad_before
     from pipelines.corpus.plan import make_plan
+    from pipelines.corpus.quarantine import check_fraction
 
     entries, classes = _entries(recipe, source, parent)
     if not len(entries):
+        known = bad_before(parent)
+        new = [item for item in entries.rejected if item.source not in known]
+        check_fraction(new, len(new), recipe.max_bad_fraction)
         return None
     return make_plan(
         base,
