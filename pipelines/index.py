@@ -69,7 +69,9 @@ class Adopted:
 def run(recipe: IndexRecipe) -> StageResult:
     """Make the manifest, or return the one that the same tars and recipe made before."""
     from pipelines.corpus.adoption import list_tars
+    from pipelines.corpus.commit import point_to_finished
     from pipelines.corpus.manifest import corpus_base
+    from pipelines.corpus.whole import lost_manifest
     from pipelines.corpus.withdrawn import look_at
 
     listing = list_tars(recipe.source)
@@ -77,18 +79,11 @@ def run(recipe: IndexRecipe) -> StageResult:
     recipe = dataclasses.replace(recipe, destination=corpus_base(recipe.destination or listing.base))
     found = look_at(recipe.destination or listing.base)
     inputs = {"source": listing.digest, **found.inputs}
-    return identity.run_stage(STAGE, VERSION, recipe, inputs, partial(_work, recipe, listing, found), missing=_lost)
-
-
-def _lost(result: StageResult) -> str | None:
-    from pipelines.corpus.errors import ManifestError
-    from pipelines.corpus.manifest import open_corpus
-
-    try:
-        open_corpus(result.uri)
-    except ManifestError:
-        return f"the manifest of {result.uri} is gone"
-    return None
+    work = partial(_work, recipe, listing, found)
+    result = identity.run_stage(STAGE, VERSION, recipe, inputs, work, missing=lost_manifest)
+    if result.reused:
+        point_to_finished(result.uri, result.details.get("account", ""), STAGE, found.current)
+    return result
 
 
 def _work(recipe: IndexRecipe, listing: TarListing, found: Destination, attempt: Attempt) -> StageResult:
@@ -127,6 +122,7 @@ def _work(recipe: IndexRecipe, listing: TarListing, found: Destination, attempt:
             ignored=head.ignored,
             duplicates=head.duplicates,
             anomalies=adopted.anomalies,
+            **({"account": corpus.account} if corpus.account else {}),
         )
 
 
@@ -184,7 +180,7 @@ def adopt_tars(
             is_current=False,
         )
         corpus = keep_withdrawn(point_to(corpus, records), found)
-        make_current(base, corpus.digest, found.current)
+        make_current(base, corpus.digest, found.current, corpus.account)
     adopted = Adopted(corpus, counts, listed, reused)
     _tell(adopted)
     return adopted

@@ -57,6 +57,7 @@ class MixRecipe(Strict):
 def run(recipe: MixRecipe) -> StageResult:
     """Make the mixture, or return the one that the same recipe and corpora made before."""
     from pipelines.corpus.manifest import open_corpus
+    from pipelines.corpus.whole import lost_manifest
     from pipelines.corpus.withdrawn import look_at
     from pipelines.subset import track_making
 
@@ -64,7 +65,7 @@ def run(recipe: MixRecipe) -> StageResult:
     found = look_at(recipe.destination)
     inputs = {f"corpora.{name}": corpus.digest for name, corpus in corpora.items()} | found.inputs
     work = partial(track_making, recipe, lambda check: make_mix(recipe, corpora, found, before_commit=check))
-    return identity.run_stage(STAGE, VERSION, recipe, inputs, work)
+    return identity.run_stage(STAGE, VERSION, recipe, inputs, work, missing=lost_manifest)
 
 
 def make_mix(
@@ -117,10 +118,10 @@ def make_mix(
     )
     parts = [Part(corpora[name], times[name], maps[name]) for name in corpora]
     with one_writer(base) as check:
-        made = keep_withdrawn(materialise(write_view(base, parts, described, []), recipe), found)
+        made = keep_withdrawn(materialise(write_view(base, parts, described, None), recipe), found)
         check()
         before_commit()
-        make_current(base, made.digest, found.current)
+        make_current(base, made.digest, found.current, made.account)
     return made
 
 

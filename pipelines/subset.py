@@ -54,12 +54,14 @@ class SubsetRecipe(Strict):
 def run(recipe: SubsetRecipe) -> StageResult:
     """Make the subset, or return the one that the same recipe and corpus made before."""
     from pipelines.corpus.manifest import open_corpus
+    from pipelines.corpus.whole import lost_manifest
     from pipelines.corpus.withdrawn import look_at
 
     corpus = open_corpus(recipe.corpus)
     found = look_at(recipe.destination)
     work = partial(track_making, recipe, lambda check: make_subset(recipe, corpus, found, before_commit=check))
-    return identity.run_stage(STAGE, VERSION, recipe, {"corpus": corpus.digest, **found.inputs}, work)
+    inputs = {"corpus": corpus.digest, **found.inputs}
+    return identity.run_stage(STAGE, VERSION, recipe, inputs, work, missing=lost_manifest)
 
 
 def make_subset(
@@ -101,10 +103,10 @@ def make_subset(
     )
     parts = [Part(corpus, {split: times if split == recipe.split else None for split in corpus.splits})]
     with one_writer(base) as check:
-        made = keep_withdrawn(materialise(write_view(base, parts, described, []), recipe), found)
+        made = keep_withdrawn(materialise(write_view(base, parts, described, None), recipe), found)
         check()
         before_commit()
-        make_current(base, made.digest, found.current)
+        make_current(base, made.digest, found.current, made.account)
     return made
 
 

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipelines import store
-from pipelines.corpus.changed import check_unchanged
+from pipelines.corpus.changed import check_unchanged, path_key
 from pipelines.corpus.commit import Description, current_etag, make_current
 from pipelines.corpus.entries import Entries
 from pipelines.corpus.errors import CorpusError
 from pipelines.corpus.manifest import Corpus, corpus_base, open_corpus
-from pipelines.corpus.quarantine import Rejected
+from pipelines.corpus.quarantine import BY_CHOICE, Rejected
 from pipelines.corpus.rows import tar_rows
 from pipelines.corpus.selection import present
+from pipelines.corpus.tar import sample_key
 from pipelines.corpus.views import Part, write_view
 
-__all__ = ["exclude", "join_versions", "only_new", "quarantined", "versions"]
+__all__ = ["NothingNew", "bad_before", "exclude", "join_versions", "only_new", "quarantined", "versions"]
+
+
+class NothingNew(CorpusError):
+    """All that the source has is in the parent, or was bad there already and still is."""
 
 
 log = logging.getLogger(__name__)
-KEY = re.compile("[0-9a-f]{16}")  # Of a sample that `vit shard` wrote; tars that were adopted have keys of their own.
 
 
 def quarantined(corpus: Corpus) -> list[Rejected]:
@@ -35,6 +39,13 @@ def quarantined(corpus: Corpus) -> list[Rejected]:
         Rejected(row["key"], row["source"], row["split"], labels.get(row["class"], -1), row["reason"], row["detail"])
         for row in corpus.quarantine().to_pylist()
     ]
+
+
+def bad_before(parent: Corpus | None) -> frozenset[str]:
+    """Paths of the images that a version has in quarantine because they are bad."""
+    if parent is None:
+        return frozenset()
+    return frozenset(item.source for item in quarantined(parent) if item.reason not in BY_CHOICE)
 
 
 def exclude(reference: str, listed: Iterable[str], source: str = "", *, copies: bool = False) -> Corpus:
@@ -95,7 +106,7 @@ def exclude(reference: str, listed: Iterable[str], source: str = "", *, copies: 
     )
     kept = [item for name, item in before.items() if name not in withdrawn]
     made = write_view(corpus.uri, [Part(corpus, times)], described, [*kept, *withdrawn.values()])
-    make_current(corpus.uri, made.digest, current)
+    make_current(corpus.uri, made.digest, current, made.account)
     return made
 
 
@@ -136,16 +147,27 @@ def only_new(entries: Entries, parent: Corpus, kind: str) -> Entries:
             f"the source has {kinds[entries.multi_label]}, {parent.reference} has {kinds[parent.head.multi_label]};"
             " give the new images another destination"
         )
-    there = [
-        np.array([int(key, 16) for key in table["key"].to_pylist() if KEY.fullmatch(key)], np.uint64)
-        for split in parent.splits
-        for table in tar_rows(parent, split, ["key"])
-    ]
-    new = ~np.isin(np.frombuffer(entries.keys, np.uint64), np.concatenate(there))
-    if not new.all():
-        check_unchanged(entries, np.flatnonzero(~new), parent, kind)
-    entries.ignored["in_parent"] = len(entries) - int(new.sum())
-    return entries.where(new)
+    keys = np.frombuffer(entries.keys, np.uint64)
+    there = np.isin(keys, _keys_of(parent))
+    out = [item.source for item in quarantined(parent) if item.reason == "withdrawn"]
+    withdrawn = ~there & np.isin(keys, np.array([int(sample_key(path), 16) for path in out], np.uint64))
+    if there.any():
+        check_unchanged(entries, np.flatnonzero(there), parent, kind)
+        entries.ignored["in_parent"] = int(there.sum())
+    if withdrawn.any():
+        entries.ignored["withdrawn"] = int(withdrawn.sum())
+    return entries.where(~there & ~withdrawn)
+
+
+def _keys_of(corpus: Corpus) -> NDArray[np.uint64]:
+    """The keys of the paths that lie in its tars."""
+    parts = [np.empty(0, np.uint64)]
+    for split in corpus.splits:
+        for table in tar_rows(corpus, split, ["key", "source"]):
+            names = zip(table["key"].to_pylist(), table["source"].to_pylist(), strict=True)
+            own = [int(path_key(key, source), 16) for key, source in names]
+            parts.append(np.array(own, np.uint64))
+    return np.concatenate(parts)
 
 
 def join_versions(parent: Corpus, added: Corpus) -> Corpus:

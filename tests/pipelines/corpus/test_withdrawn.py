@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from pipelines.config import from_dict
+from pipelines.corpus.commit import point_to_finished
 from pipelines.corpus.errors import CorpusError
 from pipelines.corpus.grow import exclude
 from pipelines.corpus.manifest import Corpus, open_corpus
 from pipelines.corpus.withdrawn import look_at
 from pipelines.index import IndexRecipe, adopt_tars
-from pipelines.shard import ShardRecipe, _point_to, make_corpus
+from pipelines.shard import ShardRecipe, make_corpus
 from pipelines.subset import SubsetRecipe, make_subset
 
 from .inputs import class_folders, picture, tar_bytes
@@ -36,15 +37,17 @@ def test_a_corpus_that_is_sharded_again_keeps_its_withdrawn_images_out(tmp_path:
     source, base = class_folders(tmp_path / "s", {"a": 5, "b": 5}), tmp_path / "c"
     whole = shard(source, base)
     without = exclude(f"{base}@current", ["a/0000.png"], "takedown.txt")
-    assert shard(source, base) == without == current(base)  # The same source: nothing has changed.
+    again = shard(source, base)
+    assert again == current(base) and again.digest == without.digest  # The same source: nothing has changed.
     (source / "b" / "new.png").write_bytes(picture(99))
     grown = shard(source, base)
     assert sum(grown.splits.values()) == 10 and "a/0000.png" not in paths(grown) and "b/new.png" in paths(grown)
     assert grown.head.rejected == {"withdrawn": 1}
     assert grown.quarantine()["detail"].to_pylist() == ["listed in takedown.txt"]
     (source / "a" / "0000.png").unlink()
-    shard(source, base)
+    assert shard(source, base).head.rejected == {"withdrawn": 1}  # Remembered, though it is not there.
     (source / "a" / "0000.png").write_bytes(picture(0))
+    assert "a/0000.png" not in paths(shard(source, base))
     back = shard(source, base, restore=True)
     assert "a/0000.png" in paths(back) and back.head.rejected == {} and current(base) == back
     assert shard(source, tmp_path / "other").digest == back.digest != whole.digest
@@ -61,7 +64,7 @@ def test_a_withdrawal_is_an_input_of_the_run_and_one_that_comes_in_between_is_no
     exclude(f"{base}@current", ["a/0000.png"])
     assert look_at(str(base)).inputs.keys() == {"withdrawn"}
     with pytest.raises(CorpusError, match="was moved by another writer"):
-        _point_to(first.reference, seen.current)  # A finished run that is reused.
+        point_to_finished(first.reference, "", "shard", seen.current)  # A finished run that is reused.
     (source / "b" / "new.png").write_bytes(picture(99))
     values: dict[str, Any] = {"source": str(source), "destination": str(base), "num_workers": 0}
     with pytest.raises(CorpusError, match="by another writer"):
@@ -120,3 +123,16 @@ def test_a_listed_image_that_was_left_out_as_a_copy_is_withdrawn(tmp_path: Path)
     gone = exclude(f"{base}@current", [left], "list", copies=True)
     assert gone.splits == {"train": 9} and gone.head.rejected == {"withdrawn": 2}
     assert not {"a/0000.png", "b/copy.png"} & set(paths(gone))
+
+
+def test_an_image_in_quarantine_can_be_withdrawn_before_it_ever_comes(tmp_path: Path) -> None:
+    source, base = class_folders(tmp_path / "s", {"a": 5, "b": 5}), tmp_path / "c"
+    (source / "a" / "late.png").write_bytes(b"")
+    shard(source, base, max_bad_fraction=0.5)
+    assert exclude(f"{base}@current", ["a/late.png"]).head.rejected == {"withdrawn": 1}
+    (source / "a" / "late.png").write_bytes(picture(77))
+    (source / "a" / "new.png").write_bytes(picture(78))
+    for settings in ({"append": True}, {}):
+        made = shard(source, base, **settings)
+        assert made.splits == {"train": 11} and "a/late.png" not in paths(made)
+        assert made.head.rejected == {"withdrawn": 1}
