@@ -23,6 +23,8 @@ from pipelines.corpus.pages import Page, Pages
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from pipelines.corpus.rows import OwnRows
+
 __all__ = [
     "SCHEMA",
     "Corpus",
@@ -135,9 +137,22 @@ class Corpus:
         return sample_rows(self, split)
 
     def source(self, number: int) -> Corpus:
-        """One of the versions whose shards this one lists."""
-        source = self.head.sources[number]
-        return open_corpus(f"{source.uri or self.uri}@{source.digest}")
+        """One of the versions whose shards this one lists; opened once."""
+        if number not in self._sources:
+            source = self.head.sources[number]
+            self._sources[number] = open_corpus(f"{source.uri or self.uri}@{source.digest}")
+        return self._sources[number]
+
+    @cached_property
+    def _sources(self) -> dict[int, Corpus]:
+        return {}
+
+    @cached_property
+    def own_rows(self) -> OwnRows:
+        """The sample table of a version that lists no shards of others, by slices. Raises ManifestError."""
+        from pipelines.corpus.rows import OwnRows
+
+        return OwnRows(self)
 
     def quarantine(self) -> pa.Table:
         """Every image that was left out: key, source, reason, detail."""

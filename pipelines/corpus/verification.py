@@ -125,12 +125,13 @@ def stray_tars(corpus: Corpus) -> tuple[list[Finding], int]:
 # One tar --------------------------------------------------------------------------------------------------------------
 
 
-def check_shard(item: Mapping[str, Any], reference: str, deep: bool) -> dict[str, Any]:
-    """`item` names the shard by number. Returns {findings, counts, sha256, samples, bytes, written_again}.
+def check_shard(item: Mapping[str, Any], reference: str, deep: bool, run: str) -> dict[str, Any]:
+    """Returns {findings, counts, sha256, samples, bytes, written_again}.
 
+    `item` names the shard by number, `run` the verification: within one, a process opens the corpus once.
     Never raises for damage. `written_again`: the bytes are right, the ETag is not the one that the writer saw.
     """
-    corpus = _corpus(reference)
+    corpus = _corpus(reference, run)
     shard = int(item["shard"])
     row = {name: corpus.table[name][shard].as_py() for name in corpus.table.column_names}
     found = _Found()
@@ -197,7 +198,7 @@ def _scans(base: str) -> list[str]:
 
 
 @lru_cache(maxsize=2)
-def _corpus(reference: str) -> Corpus:
+def _corpus(reference: str, run: str) -> Corpus:
     return open_corpus(reference)
 
 
