@@ -11,7 +11,6 @@ from functools import lru_cache
 from typing import Any
 
 from pipelines import store
-from pipelines.corpus.adopt import IMAGE_EXTENSIONS
 from pipelines.corpus.adoption import scan_id
 from pipelines.corpus.changed import SHARD_NAME
 from pipelines.corpus.checks import check_image
@@ -19,7 +18,7 @@ from pipelines.corpus.errors import ManifestError
 from pipelines.corpus.images import MAX_FILE_BYTES, ImageRejected
 from pipelines.corpus.labels import LABEL_BYTES, parse_labels, read_label
 from pipelines.corpus.manifest import Corpus, open_corpus
-from pipelines.corpus.members import Member, TarStream
+from pipelines.corpus.members import IMAGE_EXTENSIONS, Member, TarStream
 from pipelines.corpus.rows import shard_rows
 
 __all__ = ["PROBLEMS", "Finding", "check_manifest", "check_shard", "stray_tars"]
