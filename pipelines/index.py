@@ -68,24 +68,18 @@ class Adopted:
 def run(recipe: IndexRecipe) -> StageResult:
     """Make the manifest, or return the one that the same tars and recipe made before."""
     from pipelines.corpus.adoption import list_tars
+    from pipelines.corpus.commit import point_to_finished
     from pipelines.corpus.manifest import corpus_base
+    from pipelines.corpus.whole import lost_manifest
 
     listing = list_tars(recipe.source)
     # The place is part of the identity: the same tars in another place are another corpus to open.
     recipe = dataclasses.replace(recipe, destination=corpus_base(recipe.destination or listing.base))
     inputs = {"source": listing.digest}
-    return identity.run_stage(STAGE, VERSION, recipe, inputs, partial(_work, recipe, listing), missing=_lost)
-
-
-def _lost(result: StageResult) -> str | None:
-    from pipelines.corpus.errors import ManifestError
-    from pipelines.corpus.manifest import open_corpus
-
-    try:
-        open_corpus(result.uri)
-    except ManifestError:
-        return f"the manifest of {result.uri} is gone"
-    return None
+    result = identity.run_stage(STAGE, VERSION, recipe, inputs, partial(_work, recipe, listing), missing=lost_manifest)
+    if result.reused:
+        point_to_finished(result.uri, result.details.get("account", ""), STAGE)
+    return result
 
 
 def _work(recipe: IndexRecipe, listing: TarListing, attempt: Attempt) -> StageResult:
@@ -124,6 +118,7 @@ def _work(recipe: IndexRecipe, listing: TarListing, attempt: Attempt) -> StageRe
             ignored=head.ignored,
             duplicates=head.duplicates,
             anomalies=adopted.anomalies,
+            **({"account": corpus.account} if corpus.account else {}),
         )
 
 

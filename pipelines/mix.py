@@ -56,12 +56,13 @@ class MixRecipe(Strict):
 def run(recipe: MixRecipe) -> StageResult:
     """Make the mixture, or return the one that the same recipe and corpora made before."""
     from pipelines.corpus.manifest import open_corpus
+    from pipelines.corpus.whole import lost_manifest
     from pipelines.subset import track_making
 
     corpora = {name: open_corpus(part.corpus) for name, part in recipe.corpora.items()}
     inputs = {f"corpora.{name}": corpus.digest for name, corpus in corpora.items()}
     work = partial(track_making, recipe, lambda check: make_mix(recipe, corpora, before_commit=check))
-    return identity.run_stage(STAGE, VERSION, recipe, inputs, work)
+    return identity.run_stage(STAGE, VERSION, recipe, inputs, work, missing=lost_manifest)
 
 
 def make_mix(
@@ -110,10 +111,10 @@ def make_mix(
     )
     parts = [Part(corpora[name], times[name], maps[name]) for name in corpora]
     with one_writer(base) as check:
-        made = materialise(write_view(base, parts, described, []), recipe)
+        made = materialise(write_view(base, parts, described, None), recipe)
         check()
         before_commit()
-        make_current(base, made.digest, current)
+        make_current(base, made.digest, current, made.account)
     return made
 
 

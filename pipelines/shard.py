@@ -81,6 +81,7 @@ class ShardRecipe(Strict):
 
 def run(recipe: ShardRecipe) -> StageResult:
     """Make the corpus, or return the one that the same source and recipe made before."""
+    from pipelines.corpus.commit import point_to_finished
     from pipelines.corpus.manifest import open_corpus
     from pipelines.corpus.sources import open_source
 
@@ -91,7 +92,7 @@ def run(recipe: ShardRecipe) -> StageResult:
     work = partial(_work, recipe, source)
     result = identity.run_stage(STAGE, VERSION, recipe, inputs, work, missing=lost_object)
     if result.reused:
-        _point_to(result.uri)
+        point_to_finished(result.uri, result.details.get("account", ""), STAGE)
     return result
 
 
@@ -120,7 +121,7 @@ def make_corpus(
 ) -> Corpus:
     """The work itself, without identity and tracking. `keep` takes over shards that an earlier attempt finished."""
     from pipelines.corpus.commit import current_etag, make_current, one_writer
-    from pipelines.corpus.grow import join_versions
+    from pipelines.corpus.grow import NothingNew, join_versions
     from pipelines.corpus.manifest import corpus_base, open_corpus
     from pipelines.corpus.sources import open_source
     from pipelines.corpus.tiled import check_tiling
@@ -137,12 +138,17 @@ def make_corpus(
         say(f"shard: {recipe.source} has no usable image that {parent.reference} has not")
         return parent
     with one_writer(base) as check:
-        corpus = write_shards(recipe, *planned, keep=keep, before_build=before_build)
+        try:
+            corpus = write_shards(recipe, *planned, keep=keep, before_build=before_build, parent=parent)
+        except NothingNew as error:
+            assert parent is not None
+            say(f"shard: {error}")
+            return parent
         if parent is not None:
             corpus = join_versions(parent, corpus)
         check()
         before_commit()
-        make_current(base, corpus.digest, current)
+        make_current(base, corpus.digest, current, corpus.account)
     return corpus
 
 
@@ -153,9 +159,14 @@ def write_shards(
     *,
     keep: bool = True,
     before_build: Callable[[Plan], None] = lambda plan: None,
+    parent: Corpus | None = None,
 ) -> Corpus:
-    """The shards of a plan and their manifest, not made current; without one that of the recipe."""
+    """The shards of a plan and their manifest, not made current; without one that of the recipe.
+
+    Images that were bad in the `parent` already and still are do not count for `max_bad_fraction`.
+    """
     from pipelines.corpus.commit import Records, commit
+    from pipelines.corpus.grow import NothingNew, bad_before
     from pipelines.corpus.manifest import corpus_base
     from pipelines.corpus.plan import freeze
     from pipelines.corpus.quarantine import check_fraction
@@ -168,7 +179,9 @@ def write_shards(
         plan, listing = planned
     assert listing is not None
     total = plan.samples + len(plan.rejected)
-    check_fraction(plan.rejected, total, recipe.max_bad_fraction)
+    known = bad_before(parent)
+    counted = [item for item in plan.rejected if item.source not in known]
+    check_fraction(counted, total, recipe.max_bad_fraction)
     freeze(plan, listing)
     del listing
     before_build(plan)
@@ -182,11 +195,14 @@ def write_shards(
             records.add(record)
             shards += 1
             rejected += record.rejected
+            counted += [item for item in record.rejected if item.source not in known]
             kept += reused
             done += plan.shards[record.number].rows
             rate = done / (time.monotonic() - started)
             bar.update(done, images_per_second=rate, shards=shards, rejected=len(rejected))
-            check_fraction(rejected, total, recipe.max_bad_fraction)
+            check_fraction(counted, total - len(rejected) + len(counted), recipe.max_bad_fraction)
+    if parent is not None and len(rejected) == total and not counted:
+        raise NothingNew(f"{recipe.source} has no usable image that {parent.reference} has not")
     if kept:
         say(f"shard: {kept} of {shards} shards were finished before and are kept")
     corpus = commit(
@@ -233,10 +249,15 @@ def _plan(recipe: ShardRecipe, source: Source, base: str, parent: Corpus | None)
     """The plan and its listing; None if the parent has everything."""
     from dataclasses import asdict
 
+    from pipelines.corpus.grow import bad_before
     from pipelines.corpus.plan import make_plan
+    from pipelines.corpus.quarantine import check_fraction
 
     entries, classes = _entries(recipe, source, parent)
     if not len(entries):
+        known = bad_before(parent)
+        new = [item for item in entries.rejected if item.source not in known]
+        check_fraction(new, len(new), recipe.max_bad_fraction)
         return None
     return make_plan(
         base,
@@ -266,40 +287,22 @@ def _forget(attempt: Attempt, plan: Plan) -> None:
 
 
 def lost_object(result: StageResult) -> str | None:
-    """Looks for the manifest's head and for some of the tars, however many there are."""
+    """Looks at the manifest and for some of the tars, however many there are."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from pipelines.corpus.manifest import ManifestError, open_corpus
+    from pipelines.corpus.manifest import open_corpus
+    from pipelines.corpus.whole import lost_manifest
 
-    try:
-        corpus = open_corpus(result.uri)
-        shards = corpus.shards
-    except (ManifestError, store.NotFound):
-        return f"the corpus {result.uri} is gone"
+    if problem := lost_manifest(result):
+        return problem
+    corpus = open_corpus(result.uri)
+    shards = corpus.shards
     chosen = range(0, len(shards), -(-len(shards) // MOST_LOOKED_AT))
     with ThreadPoolExecutor(8) as pool:
         for shard, stands in zip(chosen, pool.map(lambda n: store.exists(corpus.shard_uri(n)), chosen), strict=True):
             if not stands:
                 return f"{corpus.shard_uri(shard)} of the corpus is gone"
     return None
-
-
-def _point_to(reference: str) -> None:
-    """NAME@current is what the last command asked for, also where that was finished long ago."""
-    from pipelines.corpus.commit import current_etag
-    from pipelines.corpus.errors import CorpusError
-
-    base, _, digest = reference.rpartition("@")
-    uri = store.join(base, "current.json")
-    etag = current_etag(base)
-    former = store.read_json(uri)["digest"] if etag is not None else None
-    if former == digest:
-        return
-    try:
-        store.write_json(uri, {"digest": digest}, if_match=etag, if_absent=etag is None)
-    except store.Conflict:
-        raise CorpusError(f"{uri} was moved by another writer just now; run the same command again") from None
-    say(f"shard: current is {digest[:12]} again" + (f", it was {former[:12]}" if former else ""))
 
 
 def _build(plan: Plan, num_workers: int | None, keep: bool) -> Iterator[tuple[ShardRecord, bool]]:
@@ -357,6 +360,7 @@ def _details(corpus: Corpus) -> dict[str, Any]:
         "kept": head.noted,
         "ignored": head.ignored,
         "duplicates": head.duplicates,
+        **({"account": corpus.account} if corpus.account else {}),
     }
 
 

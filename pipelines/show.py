@@ -51,6 +51,8 @@ def run(recipe: ShowRecipe) -> StageResult:
     corpus = open_reference(recipe.corpus)
     # Two places may hold one version: the report names the place.
     inputs = {"corpus": corpus.digest, "place": corpus.uri}
+    if corpus.account:
+        inputs["account"] = corpus.account
     result = identity.run_stage(STAGE, VERSION, recipe, inputs, partial(_work, recipe, corpus))
     if recipe.output is not None:
         path = Path(recipe.output).expanduser().absolute()

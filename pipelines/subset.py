@@ -53,10 +53,11 @@ class SubsetRecipe(Strict):
 def run(recipe: SubsetRecipe) -> StageResult:
     """Make the subset, or return the one that the same recipe and corpus made before."""
     from pipelines.corpus.manifest import open_corpus
+    from pipelines.corpus.whole import lost_manifest
 
     corpus = open_corpus(recipe.corpus)
     work = partial(track_making, recipe, lambda check: make_subset(recipe, corpus, before_commit=check))
-    return identity.run_stage(STAGE, VERSION, recipe, {"corpus": corpus.digest}, work)
+    return identity.run_stage(STAGE, VERSION, recipe, {"corpus": corpus.digest}, work, missing=lost_manifest)
 
 
 def make_subset(recipe: SubsetRecipe, corpus: Corpus, *, before_commit: Callable[[], None] = lambda: None) -> Corpus:
@@ -92,10 +93,10 @@ def make_subset(recipe: SubsetRecipe, corpus: Corpus, *, before_commit: Callable
     )
     parts = [Part(corpus, {split: times if split == recipe.split else None for split in corpus.splits})]
     with one_writer(base) as check:
-        made = materialise(write_view(base, parts, described, []), recipe)
+        made = materialise(write_view(base, parts, described, None), recipe)
         check()
         before_commit()
-        make_current(base, made.digest, current)
+        make_current(base, made.digest, current, made.account)
     return made
 
 

@@ -41,6 +41,7 @@ class Verdict:
     samples: int  # Met whole.
     bytes: int  # Read.
     planned: int  # Tars of unfinished runs.
+    needless: int  # Tars of finished runs that no version lists.
     written_again: int  # Tars of the right bytes and another ETag than when they were written.
 
 
@@ -72,10 +73,10 @@ def verify(recipe: VerifyRecipe) -> Verdict:
     corpus = open_reference(recipe.corpus)
     try:
         findings = list(check_manifest(corpus))
-        strays, planned = stray_tars(corpus)
+        strays, planned, needless = stray_tars(corpus)
         shards = corpus.shards
     except (ManifestError, store.StoreError) as error:
-        return Verdict([Finding("manifest", corpus.manifest, str(error))], {"manifest": 1}, 0, 0, 0, 0, 0)
+        return Verdict([Finding("manifest", corpus.manifest, str(error))], {"manifest": 1}, 0, 0, 0, 0, 0, 0)
     findings += strays
     counts = Counter(finding.kind for finding in findings)
     owners = {shard.sha256: shard.name for shard in shards}
@@ -96,7 +97,7 @@ def verify(recipe: VerifyRecipe) -> Verdict:
             bar.update(done, samples=samples, problems=sum(counts.values()))
     order = {shard.name: number for number, shard in enumerate(shards)}
     findings.sort(key=lambda finding: order.get(finding.where, -1))
-    return Verdict(findings, dict(counts), len(shards), samples, size, planned, written_again)
+    return Verdict(findings, dict(counts), len(shards), samples, size, planned, needless, written_again)
 
 
 def _tell(recipe: VerifyRecipe, verdict: Verdict, seconds: float) -> None:
@@ -117,6 +118,11 @@ def _tell(recipe: VerifyRecipe, verdict: Verdict, seconds: float) -> None:
             say(f"verify: {count:,} {kind}: {PROBLEMS[kind]}")
     if verdict.planned:
         say(f"verify: {verdict.planned:,} tars belong to runs that are not finished; the same `vit shard` ends them")
+    if verdict.needless:
+        say(
+            f"verify: {verdict.needless:,} tars are of runs whose result was a version that stood already; no version"
+            " lists them, they can be deleted"
+        )
     if verdict.written_again:
         say(f"verify: {verdict.written_again:,} tars have another ETag and the same bytes: moved, or written again")
     how_far = "every image decoded" if recipe.deep else "image headers walked (--deep decodes every image)"

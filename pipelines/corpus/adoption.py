@@ -257,7 +257,7 @@ def point_to(corpus: Corpus, records: Sequence[ShardRecord]) -> Corpus:
         store.join(manifest_uri(corpus.uri, corpus.digest), "shards.parquet"),
         table.append_column("uri", pa.array(wanted, pa.string())),
     )
-    return open_corpus(corpus.reference)
+    return open_corpus(corpus.reference, corpus.account)
 
 
 def shared_keys(tars: Sequence[SourceFile], places: Sequence[str]) -> tuple[int, list[Anomaly]]:

@@ -14,12 +14,16 @@ from pipelines.corpus.commit import Description, current_etag, make_current
 from pipelines.corpus.entries import Entries
 from pipelines.corpus.errors import CorpusError
 from pipelines.corpus.manifest import Corpus, open_corpus
-from pipelines.corpus.quarantine import Rejected
+from pipelines.corpus.quarantine import BY_CHOICE, Rejected
 from pipelines.corpus.rows import tar_rows
 from pipelines.corpus.selection import present
 from pipelines.corpus.views import Part, write_view
 
-__all__ = ["exclude", "join_versions", "only_new", "quarantined", "versions"]
+__all__ = ["NothingNew", "bad_before", "exclude", "join_versions", "only_new", "quarantined", "versions"]
+
+
+class NothingNew(CorpusError):
+    """All that the source has is in the parent, or was bad there already and still is."""
 
 
 KEY = re.compile("[0-9a-f]{16}")  # Of a sample that `vit shard` wrote; tars that were adopted have keys of their own.
@@ -32,6 +36,13 @@ def quarantined(corpus: Corpus) -> list[Rejected]:
         Rejected(row["key"], row["source"], row["split"], labels.get(row["class"], -1), row["reason"], row["detail"])
         for row in corpus.quarantine().to_pylist()
     ]
+
+
+def bad_before(parent: Corpus | None) -> frozenset[str]:
+    """Paths of the images that a version has in quarantine because they are bad."""
+    if parent is None:
+        return frozenset()
+    return frozenset(item.source for item in quarantined(parent) if item.reason not in BY_CHOICE)
 
 
 def exclude(reference: str, listed: Iterable[str], source: str = "") -> Corpus:
@@ -75,7 +86,7 @@ def exclude(reference: str, listed: Iterable[str], source: str = "") -> Corpus:
         recipe={"exclude": source},
     )
     made = write_view(corpus.uri, [Part(corpus, times)], described, [*quarantined(corpus), *withdrawn])
-    make_current(corpus.uri, made.digest, current)
+    make_current(corpus.uri, made.digest, current, made.account)
     return made
 
 

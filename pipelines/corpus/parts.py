@@ -11,6 +11,7 @@ import numpy as np
 
 from pipelines import store
 from pipelines.corpus.duplicates import Duplicates, find_duplicates
+from pipelines.corpus.errors import ManifestError
 from pipelines.corpus.manifest import read_table
 from pipelines.corpus.quarantine import Rejected
 
@@ -32,6 +33,13 @@ def write_table(uri: str, table: pa.Table) -> str:
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", row_group_size=GROUP_ROWS, use_dictionary=REPEATING)
     return store.write(uri, sink.getvalue())
+
+
+def _holds(uri: str, table: pa.Table) -> bool:
+    try:
+        return bool(read_table(uri).equals(table))
+    except ManifestError:
+        return False
 
 
 class RowParts:
@@ -76,8 +84,8 @@ class RowParts:
             found.append(times.tobytes() if len(own) else None)
         return found
 
-    def write(self, target: str) -> None:
-        """The table in parts, each named by its first row."""
+    def write(self, target: str, *, mend: bool = False) -> None:
+        """The table in parts, each named by its first row. `mend`: only those that are not there as they should be."""
         import pyarrow as pa
 
         first = 0
@@ -85,20 +93,22 @@ class RowParts:
         size = 0
         for shard, rows in enumerate(self._each()):
             if part and size + rows.num_rows > PART_ROWS:
-                first = self._write_part(target, first, part)
+                first = self._write_part(target, first, part, mend)
                 part, size = [], 0
             part.append(rows.add_column(0, "shard", pa.array(np.full(rows.num_rows, shard, np.int32))))
             size += rows.num_rows
-        self._write_part(target, first, part)
+        self._write_part(target, first, part, mend)
 
     @staticmethod
-    def _write_part(target: str, first: int, part: list[pa.Table]) -> int:
+    def _write_part(target: str, first: int, part: list[pa.Table], mend: bool) -> int:
         import pyarrow as pa
 
         table = pa.concat_tables(part)
         ids = np.arange(first, first + table.num_rows, dtype=np.int64)
         uri = store.join(target, "samples", f"{first:012d}.parquet")
-        write_table(uri, table.add_column(0, "sample_id", pa.array(ids)))
+        table = table.add_column(0, "sample_id", pa.array(ids))
+        if not (mend and _holds(uri, table)):
+            write_table(uri, table)
         return first + len(ids)
 
     def rejected(self, duplicates: Duplicates) -> list[Rejected]:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines import store
-from pipelines.corpus.errors import ManifestError
+from pipelines.corpus.errors import MAKE_AGAIN, ManifestError
 from pipelines.corpus.ranged import open_object
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def sample_rows(corpus: Corpus, split: str) -> pa.Table:
     first, count = corpus.first_sample(split), corpus.splits[split]
     if table.num_rows != count:
         raise ManifestError(
-            f"{corpus.manifest}: {table.num_rows:,} rows for {count:,} samples of {split!r}; shard again"
+            f"{corpus.manifest}: {table.num_rows:,} rows for {count:,} samples of {split!r}; {MAKE_AGAIN}"
         )
     at = table.schema.get_field_index("sample_id")
     return table.set_column(at, "sample_id", pa.array(np.arange(first, first + count, dtype=np.int64)))
@@ -115,7 +115,7 @@ class OwnRows:
         self._folder = store.join(corpus.manifest, "samples")
         self._uris = [info.uri for info in store.list_objects(self._folder) if info.uri.endswith(".parquet")]
         if not self._uris:
-            raise ManifestError(f"{self._folder} is missing; shard again, the corpus is incomplete")
+            raise ManifestError(f"{self._folder} is missing, the corpus is incomplete; {MAKE_AGAIN}")
         self._parts = [int(Path(uri).stem) for uri in self._uris]  # First row of each,
         self.starts = np.concatenate([[0], np.cumsum(corpus.layout.samples)])  # of each shard, and one more: of none.
         self._names = corpus.layout.name
@@ -137,7 +137,7 @@ class OwnRows:
                     given += table.num_rows
                     yield table
         if given != high - low:
-            raise ManifestError(f"{self._folder}: {given:,} rows of {high - low:,}; shard again")
+            raise ManifestError(f"{self._folder}: {given:,} rows of {high - low:,}; {MAKE_AGAIN}")
 
     def _part(self, uri: str, low: int, high: int, rows: int, columns: Sequence[str] | None) -> Iterator[pa.Table]:
         """Rows low to high of a part of so many."""
@@ -158,9 +158,9 @@ class OwnRows:
                     table = table.slice(max(low - start, 0), min(high, end) - max(low, start))
                     yield table if columns is None else table.select([n for n in columns if n in table.column_names])
         except store.NotFound:
-            raise ManifestError(f"{uri} is missing; shard again, the corpus is incomplete") from None
+            raise ManifestError(f"{uri} is missing, the corpus is incomplete; {MAKE_AGAIN}") from None
         except (pa.ArrowException, OSError) as error:
-            raise ManifestError(f"{uri} is damaged ({error}); shard again") from None
+            raise ManifestError(f"{uri} is damaged ({error}); {MAKE_AGAIN}") from None
 
     def _file(self, uri: str) -> pq.ParquetFile:
         import pyarrow.parquet as pq

@@ -104,8 +104,9 @@ def survey(corpus: Corpus, *, classes: Sequence[int] | None, per_class: int, com
     found.sheets = sheet.grouped(chosen)
     found.compared = sum(not picture.problem for picture in others.values())
     found.near = near_pairs(list(others.values()))
-    if any(info.uri.endswith("/anomalies.parquet") for info in store.list_objects(corpus.manifest)):
-        found.anomalies = read_table(store.join(corpus.manifest, "anomalies.parquet")).to_pylist()
+    anomalies = store.join(corpus.beside, "anomalies.parquet")
+    if store.exists(anomalies):
+        found.anomalies = read_table(anomalies).to_pylist()
     return found
 
 
