@@ -243,11 +243,17 @@ def open_corpus(reference: str, account: str = "") -> Corpus:
 
 def _current(base: str, name: str) -> tuple[str, str]:
     """The digest and the account that current.json names."""
+    uri = store.join(base, "current.json")
     try:
-        value = store.read_json(store.join(base, "current.json"))
+        value = store.read_json(uri)
     except store.NotFound:
         raise ManifestError(_unknown_corpus(base, name)) from None
-    return str(value["digest"]), str(value.get("account", ""))
+    digest = value.get("digest") if isinstance(value, dict) else None
+    if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+        raise ManifestError(
+            f"{uri} is damaged: it names no digest; delete it, and the command that made this corpus writes it anew"
+        )
+    return digest, str(value.get("account", ""))
 
 
 def _digest(base: str, name: str, version: str) -> str:

@@ -197,3 +197,35 @@ def test_the_small_writer_refuses_a_bad_image(tmp_path: Path) -> None:
     with pytest.raises(ImageRejected):
         write_corpus(tmp_path / "c", [("train", "a", "x.png", b"no image")])
     assert not (tmp_path / "c" / "current.json").exists()
+
+
+@pytest.mark.parametrize("data", [b"[]", b"{}", b"null", b'"x"', b'{"digest": 5}', b'{"digest": "../../x"}'])
+def test_a_damaged_current_json_is_named(data: bytes, corpus: Corpus) -> None:
+    store.write(f"{corpus.uri}/current.json", data)
+    with pytest.raises(ManifestError, match=r"pets/current.json is damaged: it names no digest"):
+        open_corpus("pets@current")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"class_names": None},
+        {"class_names": 5},
+        {"splits": {"train": 10}},
+        {"splits": [["train"]]},
+        {"splits": [["train", "many"]]},
+        {"bytes": "x"},
+        {"shards": None},
+        {"rejected": []},
+        {"sources": [{}]},
+    ],
+)
+def test_a_damaged_head_is_named(change: dict[str, object], corpus: Corpus) -> None:
+    uri = f"{corpus.uri}/manifests/{corpus.digest}/head.json"
+    head = store.read_json(uri)
+    store.write_json(uri, {name: value for name, value in (head | change).items() if value is not None})
+    with pytest.raises(ManifestError, match=r"head.json is damaged"):
+        open_corpus(corpus.reference)
+    store.write(uri, b"[]")
+    with pytest.raises(ManifestError, match=r"head.json is damaged: no JSON object"):
+        open_corpus(corpus.reference)
