@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import config, store
-from pipelines.lease import LEASE_SECONDS, Held, Lease, LeaseLost, holder, is_held, lease
+from pipelines.lease import LEASE_SECONDS, Held, Lease, LeaseLost, holder, is_held, lease, read_lease
 from pipelines.progress import say
 from pipelines.results import (
     StageResult,
@@ -182,7 +182,7 @@ def code_origin() -> str:
 def holder_of(stage: str, digest: str) -> str | None:
     """The live process that is at this run, or None."""
     try:
-        record = store.read_json(store.join(runs(), stage, digest, "lease.json"))
+        record = read_lease(store.join(runs(), stage, digest, "lease.json"))
     except store.NotFound:
         return None
     return holder(record) if is_held(record) else None
@@ -210,7 +210,7 @@ class Attempt:
 
     def check(self) -> None:
         """Raise LeaseLost if another attempt took over. Call it before every commit."""
-        if store.read_json(store.join(self.root, "lease.json"))["token"] != self.token:
+        if read_lease(store.join(self.root, "lease.json"))["token"] != self.token:
             raise LeaseLost(f"{self.name}: another attempt took over; this one stops and writes nothing more")
 
     def result(self, *, uri: str, run_id: str | None, metrics: Mapping[str, float], **details: Any) -> StageResult:

@@ -18,12 +18,13 @@ from typing import Any
 from pipelines import store
 from pipelines.processes import is_alive, start_mark
 
-__all__ = ["LEASE_SECONDS", "Held", "Lease", "LeaseLost", "holder", "is_held", "lease"]
+__all__ = ["LEASE_SECONDS", "Held", "Lease", "LeaseLost", "holder", "is_held", "lease", "read_lease"]
 
 log = logging.getLogger(__name__)
 
 LEASE_SECONDS = 45.0  # A holder on another host is given up after this long without a sign of life.
 RENEW_SECONDS = 10.0
+FIELDS = frozenset({"token", "attempt", "host", "pid", "expires"})
 
 
 class Held(RuntimeError):
@@ -65,7 +66,7 @@ class Lease:
         for _ in range(20):
             try:
                 info = store.stat(self.uri)
-                record = store.read_json(self.uri)
+                record = read_lease(self.uri)
             except store.NotFound:
                 try:
                     self._etag = store.write_json(
@@ -132,7 +133,7 @@ class Lease:
         """True when a renewal was carried out although its answer was lost."""
         try:
             info = store.stat(self.uri)
-            if store.read_json(self.uri)["token"] != self.token:
+            if read_lease(self.uri)["token"] != self.token:
                 return False
         except store.StoreError:
             return False
@@ -142,7 +143,7 @@ class Lease:
 
     def check(self) -> None:
         """Raise LeaseLost unless the lease object still names this holder. One small GET."""
-        if self._lost is None and store.read_json(self.uri)["token"] != self.token:
+        if self._lost is None and read_lease(self.uri)["token"] != self.token:
             self._lost = "another attempt took the lease"
         if self._lost is not None:
             raise LeaseLost(f"{self.what}: {self._lost}; this attempt stops and writes nothing more")
@@ -158,6 +159,16 @@ class Lease:
                     log.warning("%s: the lease was not released: %s", self.what, error)
         if self._thread is not None:
             self._thread.join(timeout=5)
+
+
+def read_lease(uri: str) -> dict[str, Any]:
+    """What the lease object says. Raises NotFound; StoreError if that is no lease."""
+    record = store.read_json(uri)
+    if not isinstance(record, dict) or not record.keys() >= FIELDS:
+        raise store.StoreError(
+            f"{uri} is no lease; if no other process writes there, delete it and run the same command again"
+        )
+    return record
 
 
 def is_held(record: Mapping[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -48,8 +49,10 @@ class MixRecipe(Strict):
         weights = [part.weight for part in self.corpora.values()]
         if any(weight is not None for weight in weights):
             for name, part in self.corpora.items():
-                if part.weight is None or part.weight <= 0:
-                    raise ValueError(f"corpora.{name}.weight={part.weight}: all have a weight above 0, or none has one")
+                if part.weight is None or not 0 < part.weight < math.inf:
+                    raise ValueError(
+                        f"corpora.{name}.weight={part.weight}: all have a finite weight above 0, or none has one"
+                    )
         if self.balance is not None and not 0 < self.balance <= 1:
             raise ValueError(f"balance={self.balance} is not above 0 and at most 1")
 
@@ -95,7 +98,13 @@ def make_mix(
         for name, corpus in corpora.items()
     }
     mixed = [name for name, corpus in corpora.items() if recipe.split in corpus.splits]
-    if any(recipe.corpora[name].weight for name in mixed):
+    if any(part.weight for part in recipe.corpora.values()):
+        for name, corpus in corpora.items():
+            if name not in mixed or not times[name][recipe.split].any():
+                raise CorpusError(
+                    f"corpora.{name} has a weight, and {corpus.reference} gives no image of split {recipe.split!r};"
+                    " take it out, or name its classes in `classes`"
+                )
         # No image is left out: the corpus that has most images for its weight comes once, the others more often.
         share = {name: (recipe.corpora[name].weight or 0) / times[name][recipe.split].sum() for name in mixed}
         for name in mixed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -82,7 +83,8 @@ def verify(recipe: VerifyRecipe) -> Verdict:
     samples = size = done = written_again = 0
     items = [{"shard": number} for number in range(len(shards))]
     with progress("verify", len(shards), "tars") as bar:
-        results = map_items(check_shard, items, corpus.reference, recipe.deep, num_workers=recipe.num_workers)
+        run = uuid.uuid4().hex
+        results = map_items(check_shard, items, corpus.reference, recipe.deep, run, num_workers=recipe.num_workers)
         for number, result in results:
             name = shards[number].name
             for kind, detail in result["findings"]:

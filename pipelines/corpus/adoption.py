@@ -21,10 +21,9 @@ from pipelines.corpus.adopt import scan_tar
 from pipelines.corpus.anomalies import ANOMALIES, Anomaly
 from pipelines.corpus.commit import ShardRecord, order_splits, write_table
 from pipelines.corpus.errors import SourceError
-from pipelines.corpus.fetch import read_source
-from pipelines.corpus.images import ImageRejected
+from pipelines.corpus.fetch import read_listed
 from pipelines.corpus.labels import MAX_CLASSES
-from pipelines.corpus.listing import PACKED, SourceFile, list_files, listing_digest, packed_hint
+from pipelines.corpus.listing import PACKED, SourceFile, check_names, list_files, listing_digest, packed_hint
 from pipelines.corpus.manifest import Corpus, manifest_uri, open_corpus, read_table
 from pipelines.corpus.scanned import ScannedTar
 from pipelines.corpus.sources import SPLIT_NAMES, split_from_name
@@ -44,7 +43,7 @@ __all__ = [
     "split_of",
 ]
 
-SCAN_VERSION = 2  # Raised when the same tar would give another record.
+SCAN_VERSION = 3  # Raised when the same tar would give another record.
 OURS = (
     "manifests/",
     "scans/",
@@ -82,11 +81,7 @@ def list_tars(source: str) -> TarListing:
             else f"; it holds {len(files):,} other files such as {files[0].path}; `vit shard` takes class folders"
         )
         raise SourceError(f"source {source} holds no .tar{hint}")
-    for tar in tars:
-        try:
-            tar.path.encode()
-        except UnicodeEncodeError:
-            raise SourceError(f"source {source}: the tar name {tar.path!r} is not UTF-8; rename it") from None
+    check_names(tars)
     kinds = {"compressed_tar": len(packed), "other": len(others) - len(packed)}
     base = tars[0].uri.removesuffix(tars[0].path).rstrip("/") or "/"
     return TarListing(source, base, tars, ignored | {kind: count for kind, count in kinds.items() if count})
@@ -129,10 +124,7 @@ def scan_id(item: Mapping[str, Any]) -> str:
 
 
 def _read(uri: str, etag: str, start: int, length: int) -> bytes:
-    try:
-        data = read_source(uri, etag, start, length)
-    except ImageRejected as error:
-        raise SourceError(f"cannot read {uri}: {error.detail}") from None
+    data = read_listed(uri, etag, start, length)
     if len(data) != length:
         raise SourceError(f"{uri} became shorter while it was read; run the same command again to list anew")
     return data

@@ -14,7 +14,7 @@ from pipelines.corpus.errors import SourceError
 from pipelines.corpus.images import MAX_FILE_BYTES, ImageRejected
 from pipelines.corpus.listing import local_etag
 
-__all__ = ["Planned", "fetch", "read_source"]
+__all__ = ["Planned", "fetch", "read_listed", "read_source"]
 
 THREADS = 16  # Small objects of a bucket: the answer takes longer than the bytes.
 RUN_BYTES = 32 << 20  # Neighbours in a tar are read in one request of at most so much.
@@ -45,17 +45,26 @@ def read_source(uri: str, etag: str, start: int | None = None, length: int | Non
             raise SourceError(f"{uri} is gone since it was listed; run the same command again to list anew") from None
     try:
         with open(uri, "rb") as file:  # noqa: PTH123  a third of the cost of a Path for small files
-            if local_etag(os.fstat(file.fileno())) != etag:
+            status = os.fstat(file.fileno())
+            if local_etag(status) != etag:
                 raise SourceError(_changed(uri))
             if start:
                 file.seek(start)
-            return file.read(-1 if length is None else length)
+            return file.read(status.st_size if length is None else length)  # Not to the end: a device has none.
     except FileNotFoundError:
         raise SourceError(f"{uri} is gone since it was listed; run the same command again to list anew") from None
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise
         raise ImageRejected("unreadable", error.strerror or str(error)) from None
+
+
+def read_listed(uri: str, etag: str, start: int | None = None, length: int | None = None) -> bytes:
+    """As `read_source`, of what is no image: a tar, a list, an IDX file. Raises SourceError, which names it."""
+    try:
+        return read_source(uri, etag, start, length)
+    except ImageRejected as error:
+        raise SourceError(f"cannot read {uri}: {error.detail}") from None
 
 
 def _changed(uri: str) -> str:

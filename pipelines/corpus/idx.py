@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 
 from pipelines.corpus.entries import Entries
 from pipelines.corpus.errors import SourceError
-from pipelines.corpus.fetch import read_source
+from pipelines.corpus.fetch import read_listed
 from pipelines.corpus.images import PNG_SIGNATURE
 from pipelines.corpus.listing import SourceFile
 from pipelines.corpus.sources import split_from_name
@@ -37,8 +38,10 @@ def idx_entries(files: Sequence[SourceFile]) -> Entries:
     entries = Entries()
     names = next((file for file in files if file.path == CLASSES), None)
     if names is not None:
-        lines = read_source(names.uri, names.etag).decode("utf-8", "replace").splitlines()
+        lines = read_listed(names.uri, names.etag).decode("utf-8", "replace").splitlines()
         entries.class_names = tuple(line.strip() for line in lines if line.strip())
+        if twice := [name for name, count in Counter(entries.class_names).items() if count > 1]:
+            raise SourceError(f"{names.uri} names {twice[0]!r} twice; class names must differ")
     labels = {match["set"]: file for file in files if (match := LABELS.fullmatch(file.path))}
     used: set[str] = set()
     for file in files:
@@ -80,7 +83,7 @@ def _unpack(data: bytes, uri: str) -> bytes:
 
 
 def _labels(file: SourceFile) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    data = _unpack(read_source(file.uri, file.etag), file.uri)
+    data = _unpack(read_listed(file.uri, file.etag), file.uri)
     if len(data) < 8 or struct.unpack_from(">I", data)[0] != LABELS_MAGIC:
         raise SourceError(f"{file.uri} is no IDX file of labels (magic {data[:4].hex()}, wanted {LABELS_MAGIC:08x})")
     (rows,) = struct.unpack_from(">I", data, 4)
@@ -90,7 +93,7 @@ def _labels(file: SourceFile) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 def _shape(file: SourceFile) -> tuple[int, int, int]:
-    start = read_source(file.uri, file.etag, 0, min(file.size, 4096))
+    start = read_listed(file.uri, file.etag, 0, min(file.size, 4096))
     if start.startswith(b"\x1f\x8b"):
         try:
             start = zlib.decompressobj(wbits=31).decompress(start, 16)
@@ -105,7 +108,7 @@ def _shape(file: SourceFile) -> tuple[int, int, int]:
 @lru_cache(maxsize=2)  # All shards of a file need it; unpacking MNIST takes 0.3 s.
 def idx_rows(uri: str, etag: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """All images of a file, (rows, height, width)."""
-    data = _unpack(read_source(uri, etag), uri)
+    data = _unpack(read_listed(uri, etag), uri)
     rows, height, width = struct.unpack_from(">III", data, 4)
     if len(data) != 16 + rows * height * width:
         raise SourceError(

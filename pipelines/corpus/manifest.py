@@ -24,6 +24,8 @@ from pipelines.corpus.pages import Page, Pages
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from pipelines.corpus.rows import OwnRows
+
 __all__ = [
     "SCHEMA",
     "Corpus",
@@ -142,9 +144,22 @@ class Corpus:
         return sample_rows(self, split)
 
     def source(self, number: int) -> Corpus:
-        """One of the versions whose shards this one lists."""
-        source = self.head.sources[number]
-        return open_corpus(f"{source.uri or self.uri}@{source.digest}")
+        """One of the versions whose shards this one lists; opened once."""
+        if number not in self._sources:
+            source = self.head.sources[number]
+            self._sources[number] = open_corpus(f"{source.uri or self.uri}@{source.digest}")
+        return self._sources[number]
+
+    @cached_property
+    def _sources(self) -> dict[int, Corpus]:
+        return {}
+
+    @cached_property
+    def own_rows(self) -> OwnRows:
+        """The sample table of a version that lists no shards of others, by slices. Raises ManifestError."""
+        from pipelines.corpus.rows import OwnRows
+
+        return OwnRows(self)
 
     def quarantine(self) -> pa.Table:
         """Every image that was left out: key, source, reason, detail."""
@@ -228,11 +243,17 @@ def open_corpus(reference: str, account: str = "") -> Corpus:
 
 def _current(base: str, name: str) -> tuple[str, str]:
     """The digest and the account that current.json names."""
+    uri = store.join(base, "current.json")
     try:
-        value = store.read_json(store.join(base, "current.json"))
+        value = store.read_json(uri)
     except store.NotFound:
         raise ManifestError(_unknown_corpus(base, name)) from None
-    return str(value["digest"]), str(value.get("account", ""))
+    digest = value.get("digest") if isinstance(value, dict) else None
+    if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+        raise ManifestError(
+            f"{uri} is damaged: it names no digest; delete it, and the command that made this corpus writes it anew"
+        )
+    return digest, str(value.get("account", ""))
 
 
 def _digest(base: str, name: str, version: str) -> str:

@@ -39,7 +39,7 @@ class Source:
     kind: Kind
     files: Sequence[SourceFile]
     ignored: dict[str, int]
-    rows: Any = None  # Of a list; the corpus that is read.
+    rows: Any = None  # Entries of a list; the corpus that is read.
 
     @property
     def digest(self) -> str:
@@ -59,9 +59,7 @@ class Source:
 
                 entries = tar_entries(self.files, num_workers)
             case "list":
-                from pipelines.corpus.lists import list_entries
-
-                entries = list_entries(*self.rows)
+                entries = self.rows
             case "corpus":
                 from pipelines.corpus.recast import corpus_entries
 
@@ -69,14 +67,14 @@ class Source:
             case "files":
                 entries = _folder_entries(self.uri, self.files)
         entries.ignored.update(self.ignored)
-        _check(self.uri, entries, min_classes)
+        _check(self, entries, min_classes)
         return entries
 
 
 def open_source(uri: str) -> Source:
     """List a source and see what it is. Raises SourceError."""
     from pipelines.corpus.idx import is_idx
-    from pipelines.corpus.lists import is_list, list_files_of
+    from pipelines.corpus.lists import is_list, read_list
 
     if not uri.strip():
         raise SourceError("source is empty; it takes a folder, an s3://BUCKET/PREFIX, a list of images or a corpus")
@@ -85,8 +83,8 @@ def open_source(uri: str) -> Source:
 
         return Source(uri, "corpus", [], {}, open_corpus(uri))
     if is_list(uri):
-        listed, rows, found = list_files_of(uri)
-        return Source(uri, "list", [listed, *(file for file in found if not isinstance(file, str))], {}, (rows, found))
+        files, entries = read_list(uri)
+        return Source(uri, "list", files, {}, entries)
     files, ignored = list_files(uri)
 
     kinds = Counter(_kind_of(file.path, is_idx) for file in files)
@@ -157,15 +155,18 @@ def _is_utf8(path: str) -> bool:
     return True
 
 
-def _check(uri: str, entries: Entries, min_classes: int) -> None:
+def _check(source: Source, entries: Entries, min_classes: int) -> None:
+    uri, is_folder = source.uri, source.kind == "files"
     if not len(entries):
         reasons = Counter(item.reason for item in entries.rejected)
-        raise SourceError(f"source {uri} gives no sample ({dict(reasons)}); images lie in one folder per class")
+        raise SourceError(
+            f"source {uri} gives no sample ({dict(reasons)})" + "; images lie in one folder per class" * is_folder
+        )
     names = entries.labels.keys()
     if len(names) < min_classes:
         raise SourceError(
-            f"source {uri} has one class only ({', '.join(map(str, names))}); a classifier needs two or more:"
-            " the source is the folder above the class folders"
+            f"source {uri} has one class only ({', '.join(map(str, names))}); a classifier needs two or more"
+            + ": the source is the folder above the class folders" * is_folder
         )
     if repeated := entries.repeated():
         first, second = repeated

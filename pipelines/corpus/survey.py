@@ -12,9 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines import store
-from pipelines.corpus.adopt import IMAGE_EXTENSIONS
 from pipelines.corpus.manifest import Corpus, read_table
-from pipelines.corpus.members import TarStream
+from pipelines.corpus.members import IMAGE_EXTENSIONS, TarStream
 from pipelines.corpus.rows import tar_rows
 
 if TYPE_CHECKING:

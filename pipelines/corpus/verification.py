@@ -11,7 +11,6 @@ from functools import lru_cache
 from typing import Any
 
 from pipelines import store
-from pipelines.corpus.adopt import IMAGE_EXTENSIONS
 from pipelines.corpus.adoption import scan_id
 from pipelines.corpus.changed import SHARD_NAME
 from pipelines.corpus.checks import check_image
@@ -19,7 +18,7 @@ from pipelines.corpus.errors import CorpusError, ManifestError
 from pipelines.corpus.images import MAX_FILE_BYTES, ImageRejected
 from pipelines.corpus.labels import LABEL_BYTES, parse_labels, read_label
 from pipelines.corpus.manifest import Corpus, open_corpus
-from pipelines.corpus.members import Member, TarStream
+from pipelines.corpus.members import IMAGE_EXTENSIONS, Member, TarStream
 from pipelines.corpus.plan import load_plan
 from pipelines.corpus.rows import shard_rows
 
@@ -135,12 +134,13 @@ def _is_finished(base: str, plan: str) -> bool:
 # One tar --------------------------------------------------------------------------------------------------------------
 
 
-def check_shard(item: Mapping[str, Any], reference: str, deep: bool) -> dict[str, Any]:
-    """`item` names the shard by number. Returns {findings, counts, sha256, samples, bytes, written_again}.
+def check_shard(item: Mapping[str, Any], reference: str, deep: bool, run: str) -> dict[str, Any]:
+    """Returns {findings, counts, sha256, samples, bytes, written_again}.
 
+    `item` names the shard by number, `run` the verification: within one, a process opens the corpus once.
     Never raises for damage. `written_again`: the bytes are right, the ETag is not the one that the writer saw.
     """
-    corpus = _corpus(reference)
+    corpus = _corpus(reference, run)
     shard = int(item["shard"])
     row = {name: corpus.table[name][shard].as_py() for name in corpus.table.column_names}
     found = _Found()
@@ -211,7 +211,7 @@ def _scans(base: str) -> list[str]:
 
 
 @lru_cache(maxsize=2)
-def _corpus(reference: str) -> Corpus:
+def _corpus(reference: str, run: str) -> Corpus:
     return open_corpus(reference)
 
 

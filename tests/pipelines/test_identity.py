@@ -314,3 +314,11 @@ def test_a_result_of_nothing_says_so(runs: Path) -> None:
 def test_the_code_fingerprint_needs_no_git_and_is_stable() -> None:
     assert identity.code_fingerprint() == identity.code_fingerprint()
     assert len(identity.code_fingerprint().split("-")[0]) == 16
+
+
+@pytest.mark.parametrize("data", [b"{}", b"[]", b"null", b'{"token": "x"}'])
+def test_a_lease_object_that_is_none_is_named(data: bytes, tmp_path: Path) -> None:
+    uri = str(tmp_path / "lease.json")
+    store.write(uri, data)
+    with pytest.raises(store.StoreError, match=r"lease.json is no lease; if no other process writes there, delete it"):
+        identity.lease(uri, "toy").__enter__()

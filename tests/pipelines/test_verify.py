@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pipelines.corpus.manifest import Corpus, open_corpus
 from pipelines.corpus.small import write_corpus
 from pipelines.index import adopt_tars
 from pipelines.shard import ShardRecipe, make_corpus
+from pipelines.store import local
 from pipelines.verify import Verdict, VerifyRecipe, verify
 
 from .corpus.foreign import write_tars
@@ -95,6 +97,32 @@ def test_a_version_of_shards_that_others_hold_knows_their_etags(recorded: Corpus
     os.utime(tar(recorded, 1))
     verdict = check(Path(recorded.uri))
     assert verdict.counts == {} and verdict.written_again == 1
+
+
+@pytest.mark.parametrize("grown", [False, True])
+def test_the_manifest_is_read_once_however_many_tars_there_are(
+    grown: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines.corpus.grow import exclude
+
+    reads: list[Counter[str]] = []
+    for count in (8, 24):
+        corpus = write_corpus(tmp_path / str(count), IMAGES[:count], shard_samples=1)
+        if grown:
+            corpus = exclude(corpus.reference, [IMAGES[0][2]])
+        seen: Counter[str] = Counter()
+        with monkeypatch.context() as patch:
+            real = local.read
+
+            def read(uri: str, *rest: Any, real: Any = real, seen: Counter[str] = seen) -> bytes:
+                if "/manifests/" in uri:
+                    seen[uri.rpartition("/")[2]] += 1
+                return real(uri, *rest)
+
+            patch.setattr(local, "read", read)
+            assert check(Path(corpus.uri)).counts == {}
+        reads.append(seen)
+    assert reads[0] == reads[1]
 
 
 def flip_image_byte(corpus: Corpus) -> None:

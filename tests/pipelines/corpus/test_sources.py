@@ -11,9 +11,10 @@ import pytest
 
 from pipelines.corpus.entries import Entries
 from pipelines.corpus.errors import SourceError
-from pipelines.corpus.fetch import Planned, fetch
+from pipelines.corpus.fetch import Planned, fetch, read_source
 from pipelines.corpus.idx import encode_png
 from pipelines.corpus.images import inspect_image
+from pipelines.corpus.listing import local_etag
 from pipelines.corpus.sources import open_source, split_from_name
 
 from .inputs import class_folders, idx_folder, idx_images, idx_labels, picture, tar_bytes, tar_folder
@@ -303,3 +304,42 @@ def test_a_source_that_changed_since_the_plan_is_an_error_by_name(kind: str, cha
     with pytest.raises(SourceError, match="gone since" if change == "gone" else "has changed since") as caught:
         list(fetch(kind, planned(entries)))
     assert str(victim) in str(caught.value)
+
+
+def test_links_that_lead_round_or_nowhere_are_counted(tmp_path: Path) -> None:
+    base = class_folders(tmp_path / "s", {"cat": 3, "dog": 3})
+    (base / "cat" / "self.png").symlink_to("self.png")
+    (base / "cat" / "gone.png").symlink_to(base / "dog" / "no.png")
+    (tmp_path / "x").symlink_to(tmp_path / "y")
+    (tmp_path / "y").symlink_to(tmp_path / "x")
+    (base / "dog" / "round.png").symlink_to(tmp_path / "x")
+    entries = open_source(str(base)).entries()
+    assert len(entries) == 6 and dict(entries.ignored) == {"broken_symlink": 3}
+
+
+@pytest.mark.parametrize("name", ["classes.txt", "train-labels-idx1-ubyte.gz", "train-images-idx3-ubyte.gz"])
+def test_a_file_of_idx_that_cannot_be_read_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = idx_folder(tmp_path / "s")
+    (base / "classes.txt").write_text("a\nb\nc\nd\n")
+    source = open_source(str(base))
+
+    def failing(status: os.stat_result) -> str:
+        if status.st_ino == (base / name).stat().st_ino:
+            raise OSError(5, "Input/output error")
+        return local_etag(status)
+
+    monkeypatch.setattr("pipelines.corpus.fetch.local_etag", failing)
+    with pytest.raises(SourceError, match=f"cannot read .*/{name}: Input/output error"):
+        source.entries()
+
+
+def test_a_class_that_is_named_twice_beside_idx_files_is_an_error(tmp_path: Path) -> None:
+    base = idx_folder(tmp_path / "s")
+    (base / "classes.txt").write_text("a\nb\nb\nc\n")
+    with pytest.raises(SourceError, match=r"classes.txt names 'b' twice"):
+        open_source(str(base)).entries()
+
+
+def test_a_file_is_read_no_further_than_its_size(tmp_path: Path) -> None:
+    device = Path("/dev/zero")
+    assert read_source(str(device), local_etag(device.stat())) == b""

@@ -352,3 +352,51 @@ def test_choices_that_cannot_be_are_refused(tmp_path: Path) -> None:
             ),
             {"a": corpus, "b": corpus},
         )
+
+
+@pytest.mark.parametrize("weight", [float("inf"), float("nan")])
+def test_a_weight_is_a_finite_number(weight: float) -> None:
+    with pytest.raises(ValueError, match=r"corpora.x.weight=(inf|nan): all have a finite weight above 0"):
+        MixRecipe(
+            corpora={"x": MixPart(corpus="x@current", weight=weight), "y": MixPart(corpus="y@current", weight=1.0)},
+            destination="m",
+        )
+
+
+@pytest.mark.parametrize("part", [{"classes": {}}, {"classes": {"b": "b"}}])
+def test_a_weighted_part_without_an_image_in_the_split_is_named(part: dict[str, Any], tmp_path: Path) -> None:
+    whole = write(tmp_path / "a")
+    test_only = write_corpus(tmp_path / "b", [("test", "ab"[i % 2], f"{i}.png", picture(i)) for i in range(8)])
+    corpora = {"x": whole, "y": test_only if "b" in part["classes"] else whole}
+    recipe = MixRecipe(
+        corpora={"x": MixPart(corpus="x@current", weight=1.0), "y": MixPart(corpus="y@current", weight=5.0, **part)},
+        destination=str(tmp_path / "m"),
+        num_workers=0,
+    )
+    with pytest.raises(CorpusError, match=r"corpora.y has a weight, and .* gives no image of split 'train'"):
+        make_mix(recipe, corpora)
+
+
+@pytest.mark.parametrize("name", ["mistyped", "photos@0123456789ab"])
+def test_withdrawing_from_what_is_no_corpus_leaves_nothing_behind(name: str, tmp_path: Path) -> None:
+    from pipelines.corpus.command import main
+
+    write(tmp_path / "photos")
+    (tmp_path / "list.txt").write_text("a/0.png\n")
+    with pytest.raises(CorpusError, match="no corpus"):
+        main(["exclude", str(tmp_path / name), str(tmp_path / "list.txt")], lambda: None)
+    assert {path.name for path in tmp_path.iterdir()} == {"photos", "list.txt"}
+
+
+def test_a_takedown_list_may_begin_with_a_byte_order_mark_and_must_be_utf8(tmp_path: Path) -> None:
+    from pipelines.corpus.command import main
+
+    corpus = write(tmp_path / "photos")
+    first, second = corpus.samples("train")["source"].to_pylist()[:2]
+    listed = tmp_path / "list.txt"
+    listed.write_bytes(b"\xef\xbb\xbf" + first.encode() + b"\r\n" + second.encode())
+    assert main(["exclude", str(tmp_path / "photos"), str(listed)], lambda: None) == 0
+    assert open_corpus(f"{corpus.uri}@current").head.rejected == {"withdrawn": 2}
+    listed.write_bytes(b"a/1.png\ncaf\xe9.png\n")
+    with pytest.raises(CorpusError, match=r"list.txt is not UTF-8 \(byte 11\)"):
+        main(["exclude", str(tmp_path / "photos"), str(listed)], lambda: None)
