@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["STAGE", "VERSION", "MixPart", "MixRecipe", "make_mix", "run"]
 
 STAGE = "mix"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +83,7 @@ def make_mix(
 
     from pipelines.corpus.commit import Description, make_current, one_writer
     from pipelines.corpus.errors import CorpusError
+    from pipelines.corpus.overlap import join_overlaps
     from pipelines.corpus.selection import repeat_factors, single_labels, whole_times
     from pipelines.corpus.views import Part, write_view
     from pipelines.corpus.withdrawn import keep_withdrawn, look_at
@@ -119,6 +120,7 @@ def make_mix(
         )
         for name, own in zip(mixed, np.split(factors, np.cumsum([len(labels[n]) for n in mixed])[:-1]), strict=True):
             times[name][recipe.split] = whole_times(times[name][recipe.split], own, recipe.seed)
+    join_overlaps(corpora, maps, times, recipe.split)
     described = Description(
         class_names=class_names,
         multi_label=next(iter(corpora.values())).head.multi_label,
