@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["STAGE", "VERSION", "ShardRecipe", "make_corpus", "run", "write_shards"]
 
 STAGE = "shard"
-VERSION = 1
+VERSION = 2
 MOST_LOOKED_AT = 32  # Tars of a finished corpus that are looked for before it is reused.
 log = logging.getLogger(__name__)
 
@@ -173,10 +173,12 @@ def write_shards(
     keep: bool = True,
     before_build: Callable[[Plan], None] = lambda plan: None,
     parent: Corpus | None = None,
+    view: Corpus | None = None,
 ) -> Corpus:
     """The shards of a plan and their manifest, not made current; without one that of the recipe.
 
-    Images that were bad in the `parent` already and still are do not count for `max_bad_fraction`.
+    Images that were bad in the `parent` already and still are do not count for `max_bad_fraction`. `view` is the
+    version whose samples are written into shards of their own: the new one is described as that was.
     """
     from pipelines.corpus.commit import Records, commit
     from pipelines.corpus.grow import NothingNew, bad_before
@@ -225,14 +227,18 @@ def write_shards(
         current=None,
         rejected=plan.rejected,
         ignored=plan.ignored,
-        source=recipe.source,
-        recipe={name: value for name, value in identity.deciding_fields(recipe).items() if name != "destination"},
+        source=view.head.source if view else recipe.source,
+        recipe=view.head.recipe | {"materialised": view.digest} if view else _deciding(recipe),
         multi_label=plan.multi_label,
         duplicates=recipe.duplicates,
         is_current=False,
     )
     _tell(corpus.head)
     return corpus
+
+
+def _deciding(recipe: ShardRecipe) -> dict[str, Any]:
+    return {name: value for name, value in identity.deciding_fields(recipe).items() if name != "destination"}
 
 
 def _entries(recipe: ShardRecipe, source: Source, parent: Corpus | None) -> tuple[Entries, tuple[str, ...] | None]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["STAGE", "VERSION", "SubsetRecipe", "make_subset", "materialise", "run", "track_making"]
 
 STAGE = "subset"
-VERSION = 1
+VERSION = 2
 LEAST_USEFUL = 0.3  # Below this part of what is read a corpus gets shards of its own.
 
 
@@ -31,8 +31,10 @@ class SubsetRecipe(Strict):
     corpus: str = input_()  # CORPUS@VERSION
     destination: str  # Name of the new corpus, or a folder or s3:// prefix for it.
     split: str = "train"
-    fraction: float | None = None  # Of the samples, by chance; smaller ones lie in larger ones of the same seed.
-    per_class: int | None = None  # The first so many of each class, in manifest order.
+    fraction: float | None = (
+        None  # Of the images, by chance, as often as they come; smaller ones lie in larger ones of the same seed.
+    )
+    per_class: int | None = None  # The first so many of each class, in manifest order, each once.
     balance: float | None = None  # Repeat classes rarer than this share: sqrt(balance / share) times.
     seed: int = 0
     materialise: Literal["auto", "always", "never"] = "auto"  # New shards; auto: if under 30 % of what is read is used.
@@ -91,6 +93,7 @@ def make_subset(
     if recipe.fraction is not None:
         times = random_fraction(times, recipe.fraction, recipe.seed)
     if recipe.per_class is not None:
+        times = (times > 0).astype(times.dtype)  # So many of each class, however often they come in the corpus.
         times = first_per_class(times, single_labels(corpus, recipe.split), recipe.per_class)
     if recipe.balance is not None:
         factors = repeat_factors(times, single_labels(corpus, recipe.split), recipe.balance)
@@ -125,7 +128,8 @@ def materialise(corpus: Corpus, recipe: SubsetRecipe | MixRecipe) -> Corpus:
             seed=recipe.seed,
             validate="header",
             num_workers=recipe.num_workers,
-        )
+        ),
+        view=corpus,
     )
 
 

@@ -200,13 +200,26 @@ def _sum(*counts: Any) -> dict[str, int]:
 
 
 def versions(name: str) -> Sequence[Corpus]:
-    """Every version of a corpus, parents before what grew from them, others by digest."""
+    """Every version of a corpus, parents before what grew from them, others by digest.
+
+    Without the manifests that are only steps on the way to one: what an append added, and what was materialised.
+    """
     newest = open_corpus(f"{name}@current")
     folder = store.join(newest.uri, "manifests")
     digests = [info.uri.split("/")[-2] for info in store.list_objects(folder) if info.uri.endswith("/head.json")]
     found = {digest: open_corpus(f"{newest.uri}@{digest}") for digest in digests}
-
-    def depth(digest: str | None) -> int:
-        return 1 + depth(found[digest].head.parent) if digest in found else 0
-
-    return sorted(found.values(), key=lambda corpus: (depth(corpus.digest), corpus.digest))
+    heads = [corpus.head for corpus in found.values()]
+    steps = {source.digest for head in heads if head.parent for source in head.sources if not source.uri}
+    steps |= {head.recipe.get("materialised") for head in heads}
+    steps -= {newest.digest, *(head.parent for head in heads)}
+    depths: dict[str | None, int] = {None: 0}
+    for digest in found:
+        chain = []
+        one: str | None = digest
+        while one not in depths:
+            chain.append(one)
+            one = found[one].head.parent if one in found else None
+        for place, own in enumerate(reversed(chain), 1):
+            depths[own] = depths[one] + place
+    shown = [corpus for digest, corpus in found.items() if digest not in steps]
+    return sorted(shown, key=lambda corpus: (depths[corpus.digest], corpus.digest))

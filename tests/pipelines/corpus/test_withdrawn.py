@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from pipelines.config import from_dict
 from pipelines.corpus.commit import point_to_finished
 from pipelines.corpus.errors import CorpusError
-from pipelines.corpus.grow import exclude
+from pipelines.corpus.grow import exclude, versions
 from pipelines.corpus.manifest import Corpus, open_corpus
 from pipelines.corpus.withdrawn import look_at
 from pipelines.index import IndexRecipe, adopt_tars
@@ -136,3 +137,23 @@ def test_an_image_in_quarantine_can_be_withdrawn_before_it_ever_comes(tmp_path: 
         made = shard(source, base, **settings)
         assert made.splits == {"train": 11} and "a/late.png" not in paths(made)
         assert made.head.rejected == {"withdrawn": 1}
+
+
+def test_versions_are_those_that_were_current_however_many_they_are(tmp_path: Path) -> None:
+    source, base = class_folders(tmp_path / "s", {"a": 5, "b": 5}), tmp_path / "c"
+    made = [shard(source, base)]
+    (source / "a" / "new.png").write_bytes(picture(91))
+    made.append(shard(source, base, append=True))
+    made.append(exclude(f"{base}@current", ["a/0000.png"]))
+    (source / "a" / "newer.png").write_bytes(picture(92))
+    made.append(shard(source, base, append=True))
+    assert [one.digest for one in versions(str(base))] == [one.digest for one in made]
+
+    head = json.loads((base / "manifests" / made[-1].digest / "head.json").read_text())
+    parent = made[-1].digest
+    for number in range(1100):  # Copies of the head, each with the one before as its parent.
+        digest = f"{number + 1:064x}"
+        (base / "manifests" / digest).mkdir()
+        (base / "manifests" / digest / "head.json").write_text(json.dumps(head | {"digest": digest, "parent": parent}))
+        parent = digest
+    assert [one.digest for one in versions(str(base))][-1] == parent
