@@ -100,7 +100,7 @@ def _work(recipe: IndexRecipe, listing: TarListing, found: Destination, attempt:
             "shards": float(head.shards),
             "bytes": float(head.bytes),
             "rejected": float(rejected),
-            "bad_fraction": rejected / (head.samples + rejected),
+            "bad_fraction": head.bad_fraction,
             "anomalies": float(sum(adopted.anomalies.values())),
             "tars_read": float(len(listing.tars) - adopted.reused),
             "images_per_second": (head.samples + rejected) / seconds,
@@ -145,7 +145,7 @@ def adopt_tars(
         split_of,
     )
     from pipelines.corpus.anomalies import anomaly_table
-    from pipelines.corpus.commit import commit, make_current, one_writer
+    from pipelines.corpus.commit import Records, commit, make_current, one_writer
     from pipelines.corpus.quarantine import check_fraction
     from pipelines.corpus.withdrawn import keep_withdrawn, look_at
 
@@ -158,11 +158,11 @@ def adopt_tars(
     rejected = [item for scan in scans for item in scan.rejected]
     check_fraction(rejected, sum(scan.samples for scan in scans) + len(rejected), recipe.max_bad_fraction)
 
-    class_names, changes = name_labels(scans, listing.tars, recipe.classes, recipe.source)
+    class_names, numbers = name_labels(scans, listing.tars, recipe.classes, recipe.source)
     shared, shown = shared_keys(listing.tars, places)
     counts = count_anomalies(scans, shared)
     listed = [anomaly for scan in scans for anomaly in scan.anomalies] + shown
-    records = shard_records(listing, base, splits, places, scans, changes)
+    records = Records(shard_records(listing, base, splits, places, scans, numbers))
     ignored = _sum([listing.ignored, *(scan.ignored for scan in scans)])
     with one_writer(base) as check:
         check()
