@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pipelines import identity, store
 from pipelines.config import Strict, how, input_
 from pipelines.identity import Attempt, StageResult
-from pipelines.progress import progress, say
+from pipelines.progress import as_line, progress, say
 
 if TYPE_CHECKING:
     from pipelines.corpus.adoption import TarListing
@@ -270,4 +270,4 @@ def _tell(adopted: Adopted) -> None:
 
 
 def _as_text(listed: list[Anomaly]) -> str:
-    return "".join(f"{one.kind}\t{one.shard}\t{one.offset}\t{one.key}\t{one.detail}\n" for one in listed[:1000])
+    return "".join(as_line((one.kind, one.shard, one.offset, one.key, one.detail)) for one in listed[:1000])

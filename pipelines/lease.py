@@ -27,6 +27,9 @@ RENEW_SECONDS = 10.0
 FIELDS = frozenset({"token", "attempt", "host", "pid", "expires"})
 
 
+_held: set[str] = set()  # Tokens of the leases that this process holds.
+
+
 class Held(RuntimeError):
     """A live process holds the lease of this run. Not a failure: the work is being done."""
 
@@ -41,6 +44,7 @@ class Lease:
     def __init__(self, uri: str, what: str) -> None:
         self.uri, self.what = uri, what
         self.token = uuid.uuid4().hex
+        _held.add(self.token)
         self.attempt = 1
         self.note: dict[str, Any] = {}  # Handed on from holder to holder; `annotate` adds to it.
         self._etag = ""
@@ -180,7 +184,12 @@ def _is_dead(record: Mapping[str, Any]) -> bool:
     """A holder on this host whose process is gone (or whose pid is another process now) need not be waited for."""
     # `started` stands in leases that an earlier release wrote.
     mark = record["mark"] if "mark" in record else record["started"]
-    return bool(record["host"] == socket.gethostname() and not is_alive(int(record["pid"]), mark))
+    if record["host"] != socket.gethostname():
+        return False
+    if not is_alive(int(record["pid"]), mark):
+        return True
+    # Ours, and over: on a full disk it could not be written that it was released.
+    return "mark" in record and int(record["pid"]) == os.getpid() and record["token"] not in _held
 
 
 def holder(record: Mapping[str, Any]) -> str:
@@ -206,3 +215,4 @@ def lease(uri: str, what: str, *, wait_seconds: float = 0.0) -> Iterator[Lease]:
         yield held
     finally:
         held.release()
+        _held.discard(held.token)

@@ -50,8 +50,10 @@ def say_help(groups: Mapping[str, Mapping[str, str]]) -> None:
 
 
 def say_error(text: str) -> None:
+    from pipelines.progress import printable
+
     sys.stdout.flush()
-    sys.stderr.write(f"vit: {text}\n")
+    sys.stderr.write(f"vit: {printable(text)}\n")
     sys.stderr.flush()
 
 

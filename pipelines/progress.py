@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
 
-__all__ = ["Progress", "console", "progress", "say"]
+__all__ = ["Progress", "as_line", "console", "printable", "progress", "say"]
 
 PLAIN_EVERY_SECONDS = 5.0
 _console: Console | None = None
@@ -29,9 +30,23 @@ def console() -> Console:
     return _console
 
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """Names are other people's text: what would drive the terminal is written as its code. Line ends and tabs stay."""
+    return CONTROL.sub(lambda one: one[0].encode("unicode_escape").decode(), text)
+
+
+def as_line(fields: Iterable[object]) -> str:
+    """A line of text with tabs between the fields, whatever is in them."""
+    shown = (str(one).replace("\n", "\\n").replace("\t", "\\t") for one in fields)
+    return printable("\t".join(shown)) + "\n"
+
+
 def say(text: str) -> None:
     """One line for the user. Text is taken as it is: square brackets are no markup."""
-    console().print(text, markup=False)
+    console().print(printable(text), markup=False)
 
 
 def _fields(fields: dict[str, Any]) -> str:

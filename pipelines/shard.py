@@ -15,7 +15,7 @@ from pipelines import identity, store
 from pipelines.config import Strict, how, input_
 from pipelines.corpus.resize import ResizeConfig
 from pipelines.identity import Attempt, StageResult
-from pipelines.progress import progress, say
+from pipelines.progress import as_line, progress, say
 
 if TYPE_CHECKING:
     from pipelines.corpus.commit import ShardRecord
@@ -86,11 +86,13 @@ class ShardRecipe(Strict):
 def run(recipe: ShardRecipe) -> StageResult:
     """Make the corpus, or return the one that the same source and recipe made before."""
     from pipelines.corpus.commit import point_to_finished
+    from pipelines.corpus.listing import check_apart
     from pipelines.corpus.sources import open_source
     from pipelines.corpus.withdrawn import look_at
 
-    source = open_source(recipe.source)
     found = look_at(recipe.destination)
+    check_apart(recipe.source, found.base)
+    source = open_source(recipe.source)
     inputs = {"source": source.digest}
     if recipe.append:
         inputs["parent"] = found.parent.digest
@@ -133,14 +135,16 @@ def make_corpus(
     """
     from pipelines.corpus.commit import make_current, one_writer
     from pipelines.corpus.grow import NothingNew, join_versions
+    from pipelines.corpus.listing import check_apart
     from pipelines.corpus.sources import open_source
     from pipelines.corpus.tiled import check_tiling
     from pipelines.corpus.withdrawn import keep_withdrawn, look_at
 
     if recipe.jpeg == "tiled":
         check_tiling()
-    source = source or open_source(recipe.source)
     found = found or look_at(recipe.destination)
+    check_apart(recipe.source, found.base)
+    source = source or open_source(recipe.source)
     base = found.base
     parent = found.parent if recipe.append else None
     planned = _plan(recipe, source, base, parent)
@@ -386,4 +390,4 @@ def _details(corpus: Corpus) -> dict[str, Any]:
 def _first_rejected(corpus: Corpus) -> str:
     """The first thousand images of the quarantine, a line each, for the MLflow run."""
     rows = corpus.quarantine().slice(0, 1000).to_pylist()
-    return "".join(f"{row['source']}\t{row['reason']}\t{row['detail']}\n" for row in rows)
+    return "".join(as_line((row["source"], row["reason"], row["detail"])) for row in rows)

@@ -7,6 +7,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from pipelines import store
@@ -57,10 +58,12 @@ def main(arguments: Sequence[str], prepare: Callable[[], None] = lambda: None) -
 
 
 def open_reference(reference: str) -> Corpus:
-    """As `open_corpus`; without a version the current one."""
+    """As `open_corpus`; without a version the current one. A folder may have an "@" in its name."""
     from pipelines.corpus.manifest import open_corpus
 
     name, at, version = reference.rpartition("@")
+    if "/" in reference and not store.is_s3(reference) and Path(reference).expanduser().is_dir():
+        at = ""
     return open_corpus(reference if at and name and "/" not in version else f"{reference.rstrip('/')}@current")
 
 

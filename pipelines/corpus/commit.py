@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
+WRITTEN = ("shards", "plans", "manifests")  # Below the base; beside adopted tars other folders are not ours.
 PAGE_COLUMNS = ("page_offset", "page_length", "page_rows")
 
 
@@ -69,6 +70,8 @@ def one_writer(base: str) -> Iterator[Callable[[], None]]:
             raise CorpusError(
                 f"{error}, which writes to it now; run the same command again when it has ended"
             ) from None
+        for folder in WRITTEN:
+            store.remove_leftovers(store.join(base, folder))
         yield held.check
 
 

@@ -18,6 +18,7 @@ __all__ = ["Planned", "fetch", "read_listed", "read_source"]
 
 THREADS = 16  # Small objects of a bucket: the answer takes longer than the bytes.
 RUN_BYTES = 32 << 20  # Neighbours in a tar are read in one request of at most so much.
+APART_BYTES = 512 << 20  # Of images from all over the tars, which are held together: a shard of usual size is one.
 RUN_GAP = 256 << 10  # Bytes that are cheaper to read than to leave out.
 
 
@@ -83,12 +84,14 @@ def fetch(kind: str, rows: Sequence[Planned]) -> Iterator[bytes | ImageRejected]
             for run in _runs(rows):
                 yield from _read_run(run)
         case "tars_shuffled":
-            yield from _read_apart(rows)
+            for some in _together(rows, APART_BYTES):
+                yield from _read_apart(some)
         case "corpus":
             from pipelines.corpus.recast import read_sample
 
             with ThreadPoolExecutor(THREADS) as pool:
-                yield from pool.map(read_sample, rows)
+                for start in range(0, len(rows), 4 * THREADS):
+                    yield from pool.map(read_sample, rows[start : start + 4 * THREADS])
         case "files" | "list" if rows and store.is_s3(rows[0].uri):
             with ThreadPoolExecutor(THREADS) as pool:
                 for start in range(0, len(rows), 4 * THREADS):
@@ -104,6 +107,20 @@ def _read_file(row: Planned) -> bytes | ImageRejected:
         return read_source(row.uri, row.etag)
     except ImageRejected as rejected:
         return rejected
+
+
+def _together(rows: Sequence[Planned], limit: int) -> Iterator[list[Planned]]:
+    """Rows in order, so many together as are below the limit."""
+    some: list[Planned] = []
+    size = 0
+    for row in rows:
+        if some and size + row.size > limit:
+            yield some
+            some, size = [], 0
+        some.append(row)
+        size += row.size
+    if some:
+        yield some
 
 
 def _read_apart(rows: Sequence[Planned]) -> Iterator[bytes | ImageRejected]:

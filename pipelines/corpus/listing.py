@@ -22,6 +22,7 @@ __all__ = [
     "PACKED",
     "Files",
     "SourceFile",
+    "check_apart",
     "check_names",
     "is_hidden",
     "list_files",
@@ -99,6 +100,19 @@ def packed_hint(path: str) -> str:
 
 def is_hidden(path: str) -> bool:
     return any(part.startswith(".") or part in IGNORED_NAMES for part in path.split("/"))
+
+
+def check_apart(source: str, base: str) -> None:
+    """What is written below the source would be a part of it the next time. Raises SourceError."""
+    if store.is_s3(source) or store.is_s3(base):
+        folder, place = (f"{uri.rstrip('/')}/" for uri in (source, base))
+    else:
+        folder, place = (f"{os.path.realpath(Path(path).expanduser()).rstrip('/')}/" for path in (source, base))
+    if place.startswith(folder) and not is_hidden(place.removeprefix(folder).rstrip("/")):
+        raise SourceError(
+            f"destination {base} lies in the source {source}, which would hold its tars the next time;"
+            " put it beside the source"
+        )
 
 
 def list_files(source: str) -> tuple[Files, dict[str, int]]:

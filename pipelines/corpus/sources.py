@@ -9,8 +9,10 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+from pipelines import store
 from pipelines.corpus.entries import Entries
 from pipelines.corpus.errors import SourceError
 from pipelines.corpus.listing import PACKED, SourceFile, list_files, listing_digest, packed_hint
@@ -78,7 +80,7 @@ def open_source(uri: str) -> Source:
 
     if not uri.strip():
         raise SourceError("source is empty; it takes a folder, an s3://BUCKET/PREFIX, a list of images or a corpus")
-    if VERSION.search(uri):
+    if VERSION.search(uri) and (store.is_s3(uri) or not Path(uri).expanduser().is_dir()):
         from pipelines.corpus.manifest import open_corpus
 
         return Source(uri, "corpus", [], {}, open_corpus(uri))
