@@ -145,7 +145,7 @@ def make_corpus(
             say(f"shard: {error}")
             return parent
         if parent is not None:
-            corpus = join_versions(parent, corpus)
+            corpus = join_versions(parent, corpus, recipe.duplicates)
         check()
         before_commit()
         make_current(base, corpus.digest, current, corpus.account)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from pipelines.corpus.changed import check_unchanged
 from pipelines.corpus.commit import Description, current_etag, make_current
 from pipelines.corpus.entries import Entries
 from pipelines.corpus.errors import CorpusError
+from pipelines.corpus.joined import join_copies
 from pipelines.corpus.manifest import Corpus, open_corpus
 from pipelines.corpus.quarantine import BY_CHOICE, Rejected
 from pipelines.corpus.rows import tar_rows
@@ -117,8 +118,13 @@ def only_new(entries: Entries, parent: Corpus, kind: str) -> Entries:
     return entries.where(new)
 
 
-def join_versions(parent: Corpus, added: Corpus) -> Corpus:
-    """Both as one version, the parent's shards first. Its classes keep their numbers, new ones follow."""
+def join_versions(parent: Corpus, added: Corpus, duplicates: Literal["keep", "quarantine"] = "keep") -> Corpus:
+    """Both as one version, the parent's shards first. Its classes keep their numbers, new ones follow.
+
+    `duplicates` as in the recipe of `shard`, over both.
+    """
+    parts = [(one, {split: present(one, split) for split in one.splits}) for one in (parent, added)]
+    copies, put_away = join_copies(parts, duplicates)
     old, new = parent.head, added.head
     seen = {item.source for item in quarantined(added)} | {
         path
@@ -131,15 +137,14 @@ def join_versions(parent: Corpus, added: Corpus) -> Corpus:
         multi_label=old.multi_label,
         noted=_sum(old.noted, new.noted),
         ignored=new.ignored,
-        duplicates=_sum(old.duplicates, new.duplicates),
+        duplicates=copies,
         parent=parent.digest,
         source=new.source,
         recipe=new.recipe,
     )
     # What was bad before and came again is listed as it is now.
     rejected = [item for item in quarantined(parent) if item.source not in seen] + quarantined(added)
-    parts = [Part(one, dict.fromkeys(one.splits)) for one in (parent, added)]
-    return write_view(parent.uri, parts, described, rejected)
+    return write_view(parent.uri, [Part(*one) for one in parts], described, [*rejected, *put_away])
 
 
 def _sum(*counts: Any) -> dict[str, int]:

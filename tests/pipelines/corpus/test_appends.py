@@ -57,3 +57,61 @@ def test_new_images_that_are_bad_count_among_the_new_ones(tmp_path: Path) -> Non
     with pytest.raises(QuarantineError, match=r"1 of 5 images are bad .*\n.*new.png: missing_label"):
         shard(source, base, append=True)
     assert parent.head.rejected == {"missing_label": 1, "not_an_image": 2}
+
+
+# Copies -------------------------------------------------------------------------------------------------------------
+
+
+def with_leak(folder: Path) -> Path:
+    """Four test images are copied into train, and one of them twice."""
+    for i in range(4):
+        data = (folder / "test" / "cat" / f"{i:04d}.{'jpg' if i % 2 else 'png'}").read_bytes()
+        (folder / "train" / "cat" / f"leak{i}.png").write_bytes(data)
+    (folder / "train" / "dog" / "twice.png").write_bytes(data)
+    return folder
+
+
+FOUR = {"test/cat": 5, "test/dog": 5, "train/cat": 5, "train/dog": 5}
+
+
+def test_copies_between_old_and_new_images_are_counted_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, base = class_folders(tmp_path / "s", FOUR), tmp_path / "c"
+    assert shard(source, base).head.duplicates == {}
+    with_leak(source)
+    grown = shard(source, base, append=True)
+    assert "4 images of the new version occur in more than one split" in caplog.text
+    whole = shard(source, tmp_path / "whole")
+    assert grown.head.duplicates == whole.head.duplicates == {"images": 5, "across_splits": 4, "across_classes": 1}
+    assert grown.splits == whole.splits == {"train": 15, "test": 10}
+
+
+@pytest.mark.parametrize("before", ["keep", "quarantine"])
+def test_copies_of_old_images_are_put_into_quarantine_where_the_recipe_says_so(before: str, tmp_path: Path) -> None:
+    source, base = class_folders(tmp_path / "s", FOUR), tmp_path / "c"
+    own = (source / "train" / "dog" / "0000.png").read_bytes()
+    (source / "train" / "dog" / "own.png").write_bytes(own)
+    shard(source, base, duplicates=before)
+    with_leak(source)
+    grown = shard(source, base, append=True, duplicates="quarantine")
+    whole = shard(source, tmp_path / "whole", duplicates="quarantine")
+    assert grown.splits == whole.splits == {"train": 10, "test": 10}
+    assert grown.head.rejected == whole.head.rejected == {"duplicate": 6}
+    assert grown.head.duplicates == whole.head.duplicates
+    assert sorted(grown.quarantine()["source"].to_pylist()) == sorted(whole.quarantine()["source"].to_pylist())
+    again = shard(source, base, append=True, duplicates="quarantine")
+    assert again.digest == grown.digest and again.head.rejected == grown.head.rejected
+
+
+def test_an_old_training_image_makes_way_for_its_copy_in_the_new_test_set(tmp_path: Path) -> None:
+    source, base = class_folders(tmp_path / "s", {"train/cat": 5, "train/dog": 5}), tmp_path / "c"
+    shard(source, base)
+    class_folders(source, {"test/cat": 1, "test/dog": 1})
+    (source / "test" / "cat" / "0000.png").write_bytes((source / "train" / "cat" / "0002.png").read_bytes())
+    grown = shard(source, base, append=True, duplicates="quarantine")
+    assert grown.splits == {"train": 9, "test": 2} and grown.quarantine()["source"].to_pylist() == [
+        "train/cat/0002.png"
+    ]
+    assert "test/cat/0000.png" in grown.quarantine()["detail"][0].as_py()
+    assert "train/cat/0002.png" not in grown.samples("train")["source"].to_pylist()
