@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipelines import store
 from pipelines.corpus.changed import check_unchanged
@@ -14,20 +15,21 @@ from pipelines.corpus.commit import Description, current_etag, make_current
 from pipelines.corpus.entries import Entries
 from pipelines.corpus.errors import CorpusError
 from pipelines.corpus.joined import join_copies
-from pipelines.corpus.manifest import Corpus, open_corpus
+from pipelines.corpus.manifest import Corpus, corpus_base, open_corpus
 from pipelines.corpus.quarantine import BY_CHOICE, Rejected
 from pipelines.corpus.rows import tar_rows
 from pipelines.corpus.selection import present
+from pipelines.corpus.tar import sample_key
 from pipelines.corpus.views import Part, write_view
 
 __all__ = ["NothingNew", "bad_before", "exclude", "join_versions", "only_new", "quarantined", "versions"]
 
 
+log = logging.getLogger(__name__)
+
+
 class NothingNew(CorpusError):
     """All that the source has is in the parent, or was bad there already and still is."""
-
-
-KEY = re.compile("[0-9a-f]{16}")  # Of a sample that `vit shard` wrote; tars that were adopted have keys of their own.
 
 
 def quarantined(corpus: Corpus) -> list[Rejected]:
@@ -48,24 +50,29 @@ def bad_before(parent: Corpus | None) -> frozenset[str]:
 
 def exclude(reference: str, listed: Iterable[str], source: str = "") -> Corpus:
     """Withdraw images, named by key or by relative path, as the new current version. Raises CorpusError."""
+    current = current_etag(corpus_base(reference.rpartition("@")[0]))  # Before the version that it is about is read.
     corpus = open_corpus(reference)
-    current = current_etag(corpus.uri)
     wanted = {line.strip() for line in listed if line.strip()}
     if not wanted:
         raise CorpusError(f"{source or 'the list'} names no image; it takes a key or a relative path a line")
+    before = quarantined(corpus)
+    copies = {(item.split, item.key) for item in before if item.reason == "duplicate"}
     found: set[str] = set()
+    contents: set[bytes] = set()
     withdrawn: list[Rejected] = []
     times: dict[str, Any] = {}
     for split in corpus.splits:
         times[split] = present(corpus, split)
         first = 0
-        for table in tar_rows(corpus, split, ["key", "source", "label"]):
+        for table in tar_rows(corpus, split, ["key", "source", "label", "content"]):
             columns = {name: table[name].to_pylist() for name in table.column_names}
             labels = columns.get("label", [-1] * table.num_rows)
-            for row, (key, path, label) in enumerate(zip(columns["key"], columns["source"], labels, strict=True)):
+            named = zip(columns["key"], columns["source"], labels, columns["content"], strict=True)
+            for row, (key, path, label, content) in enumerate(named):
                 if not wanted.isdisjoint((key, path)):
                     found |= wanted & {key, path}
-                    if times[split][first + row]:
+                    contents.add(content)
+                    if times[split][first + row] or (split, key) in copies:
                         detail = f"listed in {source}" if source else "listed"
                         withdrawn.append(Rejected(key, path, split, label, "withdrawn", detail))
                         times[split] = _without(times[split], first + row)
@@ -75,20 +82,45 @@ def exclude(reference: str, listed: Iterable[str], source: str = "") -> Corpus:
             f"{len(missing):,} of {len(wanted):,} listed images are not in {corpus.reference}, such as {missing[0]!r};"
             " a line is a key or a path as in the column `source` of the sample table"
         )
+    _tell_copies(corpus, times, contents)
     if not withdrawn:
         return corpus
+    gone = {(item.split, item.key) for item in withdrawn}
+    kept = [item for item in before if item.reason != "duplicate" or (item.split, item.key) not in gone]
     described = Description(
         class_names=corpus.class_names,
         multi_label=corpus.head.multi_label,
         noted=corpus.head.noted,
         ignored=corpus.head.ignored,
+        duplicates=join_copies([(corpus, times)], "keep")[0],
         parent=corpus.digest,
         source=corpus.head.source,
         recipe={"exclude": source},
     )
-    made = write_view(corpus.uri, [Part(corpus, times)], described, [*quarantined(corpus), *withdrawn])
+    made = write_view(corpus.uri, [Part(corpus, times)], described, [*kept, *withdrawn])
     make_current(corpus.uri, made.digest, current, made.account)
     return made
+
+
+def _tell_copies(corpus: Corpus, times: Mapping[str, NDArray[np.uint8]], contents: set[bytes]) -> None:
+    """A withdrawn picture may go on coming under another name."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    wanted = pa.array(sorted(contents), pa.binary(16))
+    paths: list[str] = []
+    for split in corpus.splits:
+        first = 0
+        for table in tar_rows(corpus, split, ["source", "content"]):
+            comes = pa.array(times[split][first : first + table.num_rows] > 0)
+            paths += table.filter(pc.and_(pc.is_in(table["content"], wanted), comes))["source"].to_pylist()
+            first += table.num_rows
+    if paths:
+        log.warning(
+            "%d images have the same bytes as listed ones and stay, such as %s; list them too if they are to go",
+            len(paths),
+            ", ".join(paths[:3]),
+        )
 
 
 def _without(times: np.ndarray, row: int) -> np.ndarray:
@@ -106,10 +138,10 @@ def only_new(entries: Entries, parent: Corpus, kind: str) -> Entries:
             f"the source has {kinds[entries.multi_label]}, {parent.reference} has {kinds[parent.head.multi_label]};"
             " give the new images another destination"
         )
-    there = [
-        np.array([int(key, 16) for key in table["key"].to_pylist() if KEY.fullmatch(key)], np.uint64)
+    there = [  # By path: adopted tars have keys of their own.
+        np.array([int(sample_key(path), 16) for path in table["source"].to_pylist()], np.uint64)
         for split in parent.splits
-        for table in tar_rows(parent, split, ["key"])
+        for table in tar_rows(parent, split, ["source"])
     ]
     new = ~np.isin(np.frombuffer(entries.keys, np.uint64), np.concatenate(there))
     if not new.all():
@@ -157,8 +189,14 @@ def versions(name: str) -> Sequence[Corpus]:
     folder = store.join(newest.uri, "manifests")
     digests = [info.uri.split("/")[-2] for info in store.list_objects(folder) if info.uri.endswith("/head.json")]
     found = {digest: open_corpus(f"{newest.uri}@{digest}") for digest in digests}
-
-    def depth(digest: str | None) -> int:
-        return 1 + depth(found[digest].head.parent) if digest in found else 0
-
-    return sorted(found.values(), key=lambda corpus: (depth(corpus.digest), corpus.digest))
+    depths: dict[str | None, int] = {}
+    for digest in found:
+        line: list[str] = []  # Up to a version whose depth is known, or that is not there.
+        above: str | None = digest
+        while above in found and above not in depths:
+            line.append(above)
+            above = found[above].head.parent
+        for own in reversed(line):
+            depths[own] = depths.get(above, 0) + 1
+            above = own
+    return sorted(found.values(), key=lambda corpus: (depths[corpus.digest], corpus.digest))
