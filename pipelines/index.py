@@ -263,4 +263,6 @@ def _tell(adopted: Adopted) -> None:
 
 
 def _as_text(listed: list[Anomaly]) -> str:
-    return "".join(f"{one.kind}\t{one.shard}\t{one.offset}\t{one.key}\t{one.detail}\n" for one in listed[:1000])
+    """A line each: tabs and ends of lines in names are written as \\t and \\n."""
+    rows = ((one.kind, one.shard, str(one.offset), one.key, one.detail) for one in listed[:1000])
+    return "".join("\t".join(part.replace("\t", r"\t").replace("\n", r"\n") for part in row) + "\n" for row in rows)

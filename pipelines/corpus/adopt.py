@@ -319,7 +319,7 @@ class _Scan:
             page_offset=[page[0] for page in pages],
             page_length=[page[1] for page in pages],
             page_rows=[page[2] for page in pages],
-            numbers=sorted(self._numbers),
+            numbers=[min(self._numbers), max(self._numbers)] if self._numbers else [],
             names=list(self._names),
             multi_label=self._multi_label,
             rejected=self._rejected,

@@ -21,6 +21,7 @@ from pipelines.corpus.parts import RowParts, write_table
 from pipelines.corpus.quarantine import Rejected, bad_fraction, count_reasons, quarantine_table
 from pipelines.corpus.records import Records, ShardRecord, order_splits, shard_pieces
 from pipelines.corpus.whole import lost_piece
+from pipelines.corpus.withdrawn import check_withdrawn
 from pipelines.progress import say
 
 if TYPE_CHECKING:
@@ -234,7 +235,11 @@ def _write_pieces(uri: str, pieces: Iterable[pa.Table]) -> None:
 
 
 def make_current(base: str, digest: str, current: str | None, account: str = "") -> None:
-    """Move current.json. `current` is its state when the work began: another writer since then is an error."""
+    """Move current.json. `current` is its state when the work began: another writer since then is an error.
+
+    So is a version with images that were withdrawn from the one that is current.
+    """
+    check_withdrawn(base, digest)
     uri = store.join(base, "current.json")
     condition: dict[str, Any] = {"if_absent": True} if current is None else {"if_match": current}
     try:
@@ -249,13 +254,17 @@ def make_current(base: str, digest: str, current: str | None, account: str = "")
 
 
 def point_to_finished(reference: str, account: str, stage: str) -> None:
-    """NAME@current is what the last command asked for, also where that was finished long ago."""
+    """NAME@current is what the last command asked for, also where that was finished long ago.
+
+    Raises CorpusError if that would bring back images that were withdrawn.
+    """
     base, _, digest = reference.rpartition("@")
     uri = store.join(base, "current.json")
     etag = current_etag(base)
     former = store.read_json(uri) if etag is not None else None
     if former == _pointer(digest, account):
         return
+    check_withdrawn(base, digest)
     try:
         store.write_json(uri, _pointer(digest, account), if_match=etag, if_absent=etag is None)
     except store.Conflict:

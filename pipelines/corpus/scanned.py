@@ -23,7 +23,7 @@ class ScannedTar:
     page_offset: list[int]
     page_length: list[int]
     page_rows: list[int]
-    numbers: list[int]  # Class numbers that occur,
+    numbers: list[int]  # Lowest and highest class number that occur; empty: none does,
     names: list[str]  # and class names: a tar that has both cannot be used.
     rejected: list[Rejected]
     noted: dict[str, int]

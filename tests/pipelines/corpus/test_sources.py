@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import gzip
 import io
 import os
 import shutil
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -343,3 +345,19 @@ def test_a_class_that_is_named_twice_beside_idx_files_is_an_error(tmp_path: Path
 def test_a_file_is_read_no_further_than_its_size(tmp_path: Path) -> None:
     device = Path("/dev/zero")
     assert read_source(str(device), local_etag(device.stat())) == b""
+
+
+@pytest.mark.parametrize("name", ["train-labels-idx1-ubyte.gz", "train-images-idx3-ubyte.gz"])
+def test_a_packed_file_is_unpacked_no_further_than_its_header_says(name: str, tmp_path: Path) -> None:
+    base = idx_folder(tmp_path / "s")
+    data = gzip.decompress((base / name).read_bytes())
+    (base / name).write_bytes(gzip.compress(data + bytes(200_000_000), 1))
+    tracemalloc.start()
+    with pytest.raises(SourceError, match=f"{name} says 60 .*; fetch it again"):
+        entries = open_source(str(base)).entries()
+        list(fetch("idx", planned(entries)))
+    assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    tracemalloc.stop()
+    (base / name).write_bytes(gzip.compress(data)[:-20])
+    with pytest.raises(SourceError, match=name):
+        list(fetch("idx", planned(open_source(str(base)).entries())))

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from pipelines import store
 from pipelines.config import RecipeError
+from pipelines.corpus.commit import point_to_finished
 from pipelines.corpus.errors import CorpusError
 from pipelines.corpus.grow import exclude, versions
 from pipelines.corpus.manifest import Corpus, open_corpus
@@ -491,3 +492,21 @@ def test_rows_of_scattered_shards_of_another_version_are_read_as_one(
     monkeypatch.setattr(local, "read", read)
     assert open_corpus(made.reference).samples("train").num_rows == 20
     assert reads["head.json"] == 2 and sum(reads.values()) < 30
+
+
+def test_a_withdrawn_image_does_not_come_back_when_the_source_is_sharded_again(tmp_path: Path) -> None:
+    source = class_folders(tmp_path / "s", {"a": 6, "b": 6})
+
+    def make(**more: Any) -> Corpus:
+        return make_corpus(ShardRecipe(source=str(source), destination=str(tmp_path / "c"), num_workers=0, **more))
+
+    first = make()
+    withdrawn = exclude(f"{first.uri}@current", ["a/0001.jpg"])
+    (source / "b" / "new.png").write_bytes(picture(500))
+    for again in (make, lambda: point_to_finished(first.reference, "", "shard")):
+        with pytest.raises(CorpusError, match=r"1 images that were withdrawn .* would come again, such as a/0001.jpg"):
+            again()
+        assert open_corpus(f"{first.uri}@current").digest == withdrawn.digest
+    assert make(append=True).splits == {"train": 12}
+    (source / "a" / "0001.jpg").unlink()
+    assert make().splits == {"train": 12}
