@@ -303,3 +303,26 @@ def test_a_source_that_changed_since_the_plan_is_an_error_by_name(kind: str, cha
     with pytest.raises(SourceError, match="gone since" if change == "gone" else "has changed since") as caught:
         list(fetch(kind, planned(entries)))
     assert str(victim) in str(caught.value)
+
+
+@pytest.mark.parametrize("layout", ["{name}", "train/{name}"])
+def test_a_folder_without_an_image_is_no_class(layout: str, tmp_path: Path) -> None:
+    class_folders(tmp_path, {layout.format(name=name): 5 for name in ("cat", "dog")})
+    plain = open_source(str(tmp_path))
+    assert not plain.has_idle_folders
+    (tmp_path / "ImageSets").mkdir()
+    (tmp_path / "ImageSets" / "train.txt").write_text("cat/0000\n")
+    (tmp_path / layout.format(name="metadata")).mkdir()
+    (tmp_path / layout.format(name="metadata") / "info.json").write_text("{}")
+    (tmp_path / layout.format(name="cat") / "notes.txt").write_text("of a class")
+    source = open_source(str(tmp_path))
+    entries = source.entries()
+    assert source.has_idle_folders and set(entries.labels) == {"cat", "dog"} and len(entries) == 11
+    assert entries.ignored == {"folder_without_image": 2} and not entries.rejected
+
+
+def test_a_class_whose_images_have_no_endings_stays_a_class(tmp_path: Path) -> None:
+    class_folders(tmp_path, {"cat": 5, "dog": 5})
+    (tmp_path / "owl").mkdir()
+    (tmp_path / "owl" / "0001").write_bytes(picture(1))
+    assert set(open_source(str(tmp_path)).entries().labels) == {"cat", "dog", "owl"}
