@@ -90,10 +90,16 @@ def run(recipe: ShardRecipe) -> StageResult:
     if recipe.append:
         inputs["parent"] = open_corpus(f"{recipe.destination}@current").digest
     work = partial(_work, recipe, source)
-    result = identity.run_stage(STAGE, VERSION, recipe, inputs, work, missing=lost_object)
+    result = identity.run_stage(STAGE, _version(recipe, source), recipe, inputs, work, missing=lost_object)
     if result.reused:
         point_to_finished(result.uri, result.details.get("account", ""), STAGE)
     return result
+
+
+def _version(recipe: ShardRecipe, source: Source) -> int:
+    """VERSION, and one more for those recipes alone whose result has changed: all others are found finished."""
+    from_corpus = source.kind == "corpus" and (recipe.validate == "decode" or recipe.duplicates == "quarantine")
+    return VERSION + (recipe.append or from_corpus or source.has_idle_folders)
 
 
 def _work(recipe: ShardRecipe, source: Source, attempt: Attempt) -> StageResult:
@@ -225,7 +231,7 @@ def write_shards(
 def _entries(recipe: ShardRecipe, source: Source, parent: Corpus | None) -> tuple[Entries, tuple[str, ...] | None]:
     """What the source holds, or of it what the parent has not; and the class names."""
     from pipelines.corpus.errors import CorpusError
-    from pipelines.corpus.grow import only_new
+    from pipelines.corpus.grow import name_numbers, only_new
 
     if recipe.shuffle and source.kind != "tars":
         raise CorpusError(
@@ -238,6 +244,8 @@ def _entries(recipe: ShardRecipe, source: Source, parent: Corpus | None) -> tupl
     old = parent.class_names
     if entries.class_names is not None and entries.class_names[: len(old)] != old:
         raise CorpusError(f"{recipe.source} names its classes otherwise than {parent.reference}; names must agree")
+    if entries.class_names is None:
+        name_numbers(entries, parent, recipe.classes or ())
     found = (
         recipe.classes or entries.class_names or tuple(sorted(name for name in entries.labels if isinstance(name, str)))
     )

@@ -22,7 +22,16 @@ from pipelines.corpus.selection import present
 from pipelines.corpus.tar import sample_key
 from pipelines.corpus.views import Part, write_view
 
-__all__ = ["NothingNew", "bad_before", "exclude", "join_versions", "only_new", "quarantined", "versions"]
+__all__ = [
+    "NothingNew",
+    "bad_before",
+    "exclude",
+    "join_versions",
+    "name_numbers",
+    "only_new",
+    "quarantined",
+    "versions",
+]
 
 
 log = logging.getLogger(__name__)
@@ -148,6 +157,25 @@ def only_new(entries: Entries, parent: Corpus, kind: str) -> Entries:
         check_unchanged(entries, np.flatnonzero(~new), parent, kind)
     entries.ignored["in_parent"] = len(entries) - int(new.sum())
     return entries.where(new)
+
+
+def name_numbers(entries: Entries, parent: Corpus, more: Sequence[str]) -> None:
+    """Where classes of the parent have numbers for names, a label that is a number means the class of that name.
+
+    Lists and tars do not tell the two apart. `more`: names that the recipe adds. Raises CorpusError.
+    """
+    names = parent.class_names
+    if not any(name.isdecimal() for name in names) or names == tuple(map(str, range(len(names)))):
+        return
+    known = {*names, *more}
+    unknown = [label for label in entries.labels if isinstance(label, int) and str(label) not in known]
+    if unknown:
+        raise CorpusError(
+            f"label {unknown[0]} is no class of {parent.reference}, in which numbers are names such as"
+            f" {next(name for name in names if name.isdecimal())!r}: it is not clear which class is meant; write its name,"
+            " or add a new one to `classes`"
+        )
+    entries.labels = {str(label): code for label, code in entries.labels.items()}
 
 
 def join_versions(parent: Corpus, added: Corpus, duplicates: Literal["keep", "quarantine"] = "keep") -> Corpus:

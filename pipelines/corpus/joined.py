@@ -66,7 +66,7 @@ def _is_copy(corpus: Corpus, times: Times, split: str) -> NDArray[np.bool_]:
         row["key"] for row in corpus.quarantine().to_pylist() if row["reason"] == "duplicate" and row["split"] == split
     }
     keys = [key for table in tar_rows(corpus, split, ["key"]) for key in table["key"].to_pylist()]
-    return np.array([key in listed for key in keys], np.bool_) & (times[split] == 0)
+    return np.asarray(np.array([key in listed for key in keys], np.bool_) & (times[split] == 0))
 
 
 def _put_away(order: Sequence[tuple[Corpus, Times, str]], found: Duplicates) -> list[Rejected]:

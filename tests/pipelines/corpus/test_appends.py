@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.corpus.errors import QuarantineError
+from pipelines.corpus.errors import CorpusError, QuarantineError
 from pipelines.corpus.manifest import Corpus, open_corpus
 from pipelines.shard import ShardRecipe, make_corpus
 
@@ -115,3 +115,47 @@ def test_an_old_training_image_makes_way_for_its_copy_in_the_new_test_set(tmp_pa
     ]
     assert "test/cat/0000.png" in grown.quarantine()["detail"][0].as_py()
     assert "train/cat/0002.png" not in grown.samples("train")["source"].to_pylist()
+
+
+# Classes with numbers for names -------------------------------------------------------------------------------------
+
+
+def listed(folder: Path, *labels: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    for i, _ in enumerate(labels):
+        (folder / f"{folder.name}{i}.png").write_bytes(picture(700 + i))
+    rows = "".join(f"{folder.name}{i}.png,{label}\n" for i, label in enumerate(labels))
+    (folder / "list.csv").write_text(f"uri,label\n{rows}")
+    return folder / "list.csv"
+
+
+def test_a_number_means_the_class_of_that_name(tmp_path: Path) -> None:
+    source, base = class_folders(tmp_path / "s", {str(i): 2 for i in range(12)}), tmp_path / "c"
+    assert shard(source, base).class_names[2] == "10"
+    grown = shard(listed(tmp_path / "n", "2", "11"), base, append=True)
+    found = {row["source"]: grown.class_names[row["label"]] for row in grown.samples("train").to_pylist()}
+    assert (found["n0.png"], found["n1.png"]) == ("2", "11")
+    with pytest.raises(CorpusError, match=r"label 12 is no class of .* in which numbers are names such as '0'"):
+        shard(listed(tmp_path / "m", "2", "12"), base, append=True)
+    wider = shard(listed(tmp_path / "m", "2", "12"), tmp_path / "c", append=True, classes=(*grown.class_names, "12"))
+    assert wider.class_names == (*grown.class_names, "12")
+
+
+def test_a_number_stays_a_number_where_classes_have_names_or_are_their_own_numbers(tmp_path: Path) -> None:
+    for name, classes in (("c", ("cat", "dog", "owl")), ("d", ("0", "1", "2"))):
+        corpus = shard(class_folders(tmp_path / f"s{name}", dict.fromkeys(classes, 2)), tmp_path / name)
+        grown = shard(listed(tmp_path / f"n{name}", "2"), tmp_path / name, append=True)
+        (row,) = (row for row in grown.samples("train").to_pylist() if row["source"] == f"n{name}0.png")
+        assert row["label"] == 2 and grown.class_names == corpus.class_names == classes
+
+
+def test_padded_numbers_are_not_guessed(tmp_path: Path) -> None:
+    base = tmp_path / "c"
+    shard(class_folders(tmp_path / "s", {f"{i:03d}": 2 for i in range(1, 5)}), base)
+    try:
+        grown = shard(listed(tmp_path / "n", "002"), base, append=True)
+    except CorpusError as error:
+        assert "label 2 is no class of" in str(error)
+    else:  # Where lists keep the zeros, the name is clear.
+        (row,) = (row for row in grown.samples("train").to_pylist() if row["source"] == "n0.png")
+        assert grown.class_names[row["label"]] == "002"
