@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
 
-__all__ = ["Progress", "as_line", "console", "printable", "progress", "say"]
+__all__ = ["Progress", "as_line", "console", "progress", "say", "visible"]
 
 PLAIN_EVERY_SECONDS = 5.0
 _console: Console | None = None
@@ -30,23 +29,20 @@ def console() -> Console:
     return _console
 
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-
-
-def printable(text: str) -> str:
-    """Names are other people's text: what would drive the terminal is written as its code. Line ends and tabs stay."""
-    return CONTROL.sub(lambda one: one[0].encode("unicode_escape").decode(), text)
-
-
 def as_line(fields: Iterable[object]) -> str:
     """A line of text with tabs between the fields, whatever is in them."""
     shown = (str(one).replace("\n", "\\n").replace("\t", "\\t") for one in fields)
-    return printable("\t".join(shown)) + "\n"
+    return visible("\t".join(shown)) + "\n"
 
 
 def say(text: str) -> None:
-    """One line for the user. Text is taken as it is: square brackets are no markup."""
-    console().print(printable(text), markup=False)
+    """One line for the user. Square brackets are no markup."""
+    console().print(visible(text), markup=False)
+
+
+def visible(text: str) -> str:
+    """Without what a terminal obeys or what turns the direction of text: names of files are other people's text."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def _fields(fields: dict[str, Any]) -> str:

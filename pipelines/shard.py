@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["STAGE", "VERSION", "ShardRecipe", "make_corpus", "run", "write_shards"]
 
 STAGE = "shard"
-VERSION = 2
+VERSION = 1
 MOST_LOOKED_AT = 32  # Tars of a finished corpus that are looked for before it is reused.
 log = logging.getLogger(__name__)
 
@@ -99,10 +99,18 @@ def run(recipe: ShardRecipe) -> StageResult:
     elif not recipe.restore:
         inputs |= found.inputs
     work = partial(_work, recipe, source, found)
-    result = identity.run_stage(STAGE, VERSION, recipe, inputs, work, missing=lost_object)
+    result = identity.run_stage(STAGE, _version(recipe, source), recipe, inputs, work, missing=lost_object)
     if result.reused:
         point_to_finished(result.uri, result.details.get("account", ""), STAGE, found.current)
     return result
+
+
+def _version(recipe: ShardRecipe, source: Source) -> int:
+    """VERSION, and one more for those recipes alone whose result has changed: all others are found finished."""
+    from_corpus = source.kind == "corpus" and (
+        recipe.validate == "decode" or recipe.duplicates == "quarantine" or len(source.rows.head.sources) > 1
+    )
+    return VERSION + (recipe.append or from_corpus or source.has_idle_folders)
 
 
 def _work(recipe: ShardRecipe, source: Source, found: Destination, attempt: Attempt) -> StageResult:
@@ -160,7 +168,7 @@ def make_corpus(
             say(f"shard: {error}")
             return parent
         if parent is not None:
-            corpus = join_versions(parent, corpus)
+            corpus = join_versions(parent, corpus, recipe.duplicates)
         elif not recipe.restore:
             corpus = keep_withdrawn(corpus, found)
         check()
@@ -248,7 +256,7 @@ def _deciding(recipe: ShardRecipe) -> dict[str, Any]:
 def _entries(recipe: ShardRecipe, source: Source, parent: Corpus | None) -> tuple[Entries, tuple[str, ...] | None]:
     """What the source holds, or of it what the parent has not; and the class names."""
     from pipelines.corpus.errors import CorpusError
-    from pipelines.corpus.grow import only_new
+    from pipelines.corpus.grow import name_numbers, only_new
 
     if recipe.shuffle and source.kind != "tars":
         raise CorpusError(
@@ -261,6 +269,8 @@ def _entries(recipe: ShardRecipe, source: Source, parent: Corpus | None) -> tupl
     old = parent.class_names
     if entries.class_names is not None and entries.class_names[: len(old)] != old:
         raise CorpusError(f"{recipe.source} names its classes otherwise than {parent.reference}; names must agree")
+    if entries.class_names is None:
+        name_numbers(entries, parent, recipe.classes or ())
     found = (
         recipe.classes or entries.class_names or tuple(sorted(name for name in entries.labels if isinstance(name, str)))
     )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["STAGE", "VERSION", "SubsetRecipe", "make_subset", "materialise", "run", "track_making"]
 
 STAGE = "subset"
-VERSION = 2
+VERSION = 1
 LEAST_USEFUL = 0.3  # Below this part of what is read a corpus gets shards of its own.
 
 
@@ -63,7 +63,9 @@ def run(recipe: SubsetRecipe) -> StageResult:
     found = look_at(recipe.destination)
     work = partial(track_making, recipe, lambda check: make_subset(recipe, corpus, found, before_commit=check))
     inputs = {"corpus": corpus.digest, **found.inputs}
-    return identity.run_stage(STAGE, VERSION, recipe, inputs, work, missing=lost_manifest)
+    # Those whose result has changed since VERSION was raised: all others are found finished.
+    version = VERSION + (recipe.per_class is not None or len(corpus.head.sources) > 1)
+    return identity.run_stage(STAGE, version, recipe, inputs, work, missing=lost_manifest)
 
 
 def make_subset(

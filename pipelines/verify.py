@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pipelines import store
 from pipelines.config import Strict, how, parse
-from pipelines.progress import console, progress, say
+from pipelines.progress import console, progress, say, visible
 
 if TYPE_CHECKING:
     from pipelines.corpus.manifest import Corpus
@@ -113,7 +113,7 @@ def _tell(recipe: VerifyRecipe, verdict: Verdict, seconds: float) -> None:
         table = Table("what", "where", "detail", box=None, pad_edge=False)
         for finding in verdict.findings[:LINES]:
             # Names in tars are other people's text: no markup in it.
-            table.add_row(*(Text(part) for part in (finding.kind, finding.where, finding.detail)))
+            table.add_row(*(Text(visible(part)) for part in (finding.kind, finding.where, finding.detail)))
         console().print(table)
         if (more := sum(verdict.counts.values()) - min(len(verdict.findings), LINES)) > 0:
             say(f"and {more:,} more")

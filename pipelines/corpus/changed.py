@@ -25,10 +25,9 @@ from pipelines.corpus.tar import sample_key
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["SHARD_NAME", "check_unchanged", "path_key"]
+__all__ = ["SHARD_NAME", "check_unchanged"]
 
 SHARD_NAME = re.compile(r"-([0-9a-f]{12})-([0-9]{6,})\.tar$")  # The plan that made it, and its number there.
-KEY = re.compile("[0-9a-f]{16}")
 SHOWN = 3
 TOGETHER = 4096
 
@@ -96,17 +95,11 @@ def _content(parent: Corpus, wanted: set[str]) -> dict[str, Any]:
     if any(recipe.get("resize") or recipe.get("jpeg", "keep") != "keep" for recipe in recipes):
         return found
     for split in parent.splits:
-        for table in tar_rows(parent, split, ["key", "source", "content"]):
-            columns = (table[name].to_pylist() for name in ("key", "source", "content"))
-            for key, source, content in zip(*columns, strict=True):
-                if (own := path_key(key, source)) in found:
-                    found[own] = content
+        for table in tar_rows(parent, split, ["source", "content"]):
+            for path, content in zip(table["source"].to_pylist(), table["content"].to_pylist(), strict=True):
+                if (key := sample_key(path)) in found:
+                    found[key] = content
     return found
-
-
-def path_key(key: str, source: str) -> str:
-    """The key that `vit shard` gives to the path of a sample. Tars that others wrote have keys of their own."""
-    return key if KEY.fullmatch(key) else sample_key(source)
 
 
 def _planned(entries: Entries, rows: Sequence[int]) -> list[Planned]:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipelines import store
-from pipelines.corpus.changed import check_unchanged, path_key
+from pipelines.corpus.changed import check_unchanged
 from pipelines.corpus.commit import Description, current_etag, make_current
 from pipelines.corpus.entries import Entries
 from pipelines.corpus.errors import CorpusError
+from pipelines.corpus.joined import join_copies
 from pipelines.corpus.manifest import Corpus, corpus_base, open_corpus
 from pipelines.corpus.quarantine import BY_CHOICE, Rejected
 from pipelines.corpus.rows import tar_rows
@@ -22,14 +23,23 @@ from pipelines.corpus.selection import present
 from pipelines.corpus.tar import sample_key
 from pipelines.corpus.views import Part, write_view
 
-__all__ = ["NothingNew", "bad_before", "exclude", "join_versions", "only_new", "quarantined", "versions"]
+__all__ = [
+    "NothingNew",
+    "bad_before",
+    "exclude",
+    "join_versions",
+    "name_numbers",
+    "only_new",
+    "quarantined",
+    "versions",
+]
+
+
+log = logging.getLogger(__name__)
 
 
 class NothingNew(CorpusError):
     """All that the source has is in the parent, or was bad there already and still is."""
-
-
-log = logging.getLogger(__name__)
 
 
 def quarantined(corpus: Corpus) -> list[Rejected]:
@@ -95,11 +105,14 @@ def exclude(reference: str, listed: Iterable[str], source: str = "", *, copies: 
         )
     if not withdrawn:
         return corpus
+    gone = {(item.split, item.key) for item in withdrawn}
+    kept = [item for item in before if item.reason != "duplicate" or (item.split, item.key) not in gone]
     described = Description(
         class_names=corpus.class_names,
         multi_label=corpus.head.multi_label,
         noted=corpus.head.noted,
         ignored=corpus.head.ignored,
+        duplicates=join_copies([(corpus, times)], "keep")[0],
         parent=corpus.digest,
         source=corpus.head.source,
         recipe={"exclude": source},
@@ -160,18 +173,40 @@ def only_new(entries: Entries, parent: Corpus, kind: str) -> Entries:
 
 
 def _keys_of(corpus: Corpus) -> NDArray[np.uint64]:
-    """The keys of the paths that lie in its tars."""
+    """The keys of the paths that lie in its tars. By path: adopted tars have keys of their own."""
     parts = [np.empty(0, np.uint64)]
     for split in corpus.splits:
-        for table in tar_rows(corpus, split, ["key", "source"]):
-            names = zip(table["key"].to_pylist(), table["source"].to_pylist(), strict=True)
-            own = [int(path_key(key, source), 16) for key, source in names]
-            parts.append(np.array(own, np.uint64))
+        for table in tar_rows(corpus, split, ["source"]):
+            parts.append(np.array([int(sample_key(path), 16) for path in table["source"].to_pylist()], np.uint64))
     return np.concatenate(parts)
 
 
-def join_versions(parent: Corpus, added: Corpus) -> Corpus:
-    """Both as one version, the parent's shards first. Its classes keep their numbers, new ones follow."""
+def name_numbers(entries: Entries, parent: Corpus, more: Sequence[str]) -> None:
+    """Where classes of the parent have numbers for names, a label that is a number means the class of that name.
+
+    Lists and tars do not tell the two apart. `more`: names that the recipe adds. Raises CorpusError.
+    """
+    names = parent.class_names
+    if not any(name.isdecimal() for name in names) or names == tuple(map(str, range(len(names)))):
+        return
+    known = {*names, *more}
+    unknown = [label for label in entries.labels if isinstance(label, int) and str(label) not in known]
+    if unknown:
+        raise CorpusError(
+            f"label {unknown[0]} is no class of {parent.reference}, in which numbers are names such as"
+            f" {next(name for name in names if name.isdecimal())!r}: it is not clear which class is meant; write its"
+            " name, or add a new one to `classes`"
+        )
+    entries.labels = {str(label): code for label, code in entries.labels.items()}
+
+
+def join_versions(parent: Corpus, added: Corpus, duplicates: Literal["keep", "quarantine"] = "keep") -> Corpus:
+    """Both as one version, the parent's shards first. Its classes keep their numbers, new ones follow.
+
+    `duplicates` as in the recipe of `shard`, over both.
+    """
+    parts = [(one, {split: present(one, split) for split in one.splits}) for one in (parent, added)]
+    copies, put_away = join_copies(parts, duplicates)
     old, new = parent.head, added.head
     seen = {item.source for item in quarantined(added)} | {
         path
@@ -184,15 +219,14 @@ def join_versions(parent: Corpus, added: Corpus) -> Corpus:
         multi_label=old.multi_label,
         noted=_sum(old.noted, new.noted),
         ignored=new.ignored,
-        duplicates=_sum(old.duplicates, new.duplicates),
+        duplicates=copies,
         parent=parent.digest,
         source=new.source,
         recipe=new.recipe,
     )
     # What was bad before and came again is listed as it is now.
     rejected = [item for item in quarantined(parent) if item.source not in seen] + quarantined(added)
-    parts = [Part(one, dict.fromkeys(one.splits)) for one in (parent, added)]
-    return write_view(parent.uri, parts, described, rejected)
+    return write_view(parent.uri, [Part(*one) for one in parts], described, [*rejected, *put_away])
 
 
 def _sum(*counts: Any) -> dict[str, int]:

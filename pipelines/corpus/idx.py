@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 import re
 import struct
+import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -75,17 +76,23 @@ def idx_entries(files: Sequence[SourceFile]) -> Entries:
     return entries
 
 
-def _unpack(data: bytes, uri: str, limit: Callable[[bytes], int]) -> bytes:
-    """The content of a file. Packed, so much of it as its header says (`limit` reads the first 16 bytes) and a byte."""
+def _unpack(data: bytes, uri: str) -> bytes:
+    """The bytes, unpacked if they are packed: at most one more than the header in them says, however many there are."""
     if not data.startswith(b"\x1f\x8b"):
         return data
     try:
-        start = zlib.decompressobj(wbits=31).decompress(data, 16)
-        return (
-            zlib.decompressobj(wbits=31).decompress(data, min(limit(start), MOST_UNPACKED) + 1)
-            if len(start) >= 8
-            else start
-        )
+        stream = zlib.decompressobj(wbits=31)
+        head = stream.decompress(data, 16)
+        wanted = 0
+        if len(head) >= 8 and struct.unpack_from(">I", head)[0] == LABELS_MAGIC:
+            wanted = 8 + struct.unpack_from(">I", head, 4)[0]
+        elif len(head) == 16 and struct.unpack_from(">I", head)[0] == IMAGES_MAGIC:
+            wanted = 16 + math.prod(struct.unpack_from(">III", head, 4))
+        more = min(wanted + 1 - len(head), sys.maxsize)
+        found = head + (stream.decompress(stream.unconsumed_tail, more) if more > 0 else b"")
+        if not stream.eof and 0 < len(found) <= wanted:
+            raise zlib.error("it breaks off")
+        return found
     except zlib.error as error:
         raise SourceError(f"{uri} is a damaged gzip file ({error}); fetch it again") from None
 

@@ -105,7 +105,14 @@ def _rows(listed: SourceFile) -> Iterator[Row]:
 
 
 def _csv(file: io.BufferedReader) -> Iterator[Any]:
-    return csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""))
+    """A quote that is not closed takes the rows after it into one field: a line break in a field tells."""
+    reader = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), strict=True)
+    for number, row in enumerate(reader, 1):
+        if any(isinstance(field, str) and ("\n" in field or "\r" in field) for field in row.values()):
+            raise ValueError(
+                f"row {number} has a line break in a field: a quote above line {reader.line_num:,} is open"
+            )
+        yield row
 
 
 def _jsonl(file: io.BufferedReader) -> Iterator[Any]:

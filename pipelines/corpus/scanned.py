@@ -27,7 +27,7 @@ class ScannedTar:
     page_offset: Sequence[int]
     page_length: Sequence[int]
     page_rows: Sequence[int]
-    numbers: list[int]  # The lowest and the highest class number,
+    numbers: list[int]  # Lowest and highest class number that occur; empty: none does,
     names: list[str]  # and class names: a tar that has both cannot be used.
     rejected: list[Rejected]
     noted: dict[str, int]

@@ -281,6 +281,17 @@ def test_a_lease_of_an_earlier_release_is_read(tmp_path: Path, alive: bool) -> N
             assert held.attempt == 4
 
 
+def test_a_lease_that_could_not_be_released_does_not_stop_its_own_process(tmp_path: Path) -> None:
+    uri = str(tmp_path / "lease.json")
+    with identity.lease(uri, "toy"):
+        record = store.read_json(uri)
+        with pytest.raises(Held), identity.lease(uri, "toy"):
+            pass
+    store.write_json(uri, record)  # As it stays where the disk is full when it ends.
+    with identity.lease(uri, "toy") as held:
+        assert held.attempt == 2
+
+
 def test_a_clock_that_is_set_does_not_make_a_holder_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import psutil
 

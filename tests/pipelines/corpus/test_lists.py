@@ -339,3 +339,12 @@ def test_a_line_of_jsonl_ends_where_json_says(tmp_path: Path) -> None:
     path = tmp_path / "list.jsonl"
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     assert shard(path, tmp_path / "c").class_names == ("a\u20280", "a\u20281")
+
+
+@pytest.mark.parametrize("text", ['a.png,"cat\nb.png,dog\nc.png,"owl"\n', 'a.png,cat\nb.png,"dog\nc.png,owl\n'])
+def test_a_quote_that_is_not_closed_swallows_no_rows(text: str, tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.png").write_bytes(picture(ord(name)))
+    (tmp_path / "list.csv").write_text(f"uri,label\n{text}")
+    with pytest.raises(SourceError, match=r"list.csv cannot be read"):
+        shard(tmp_path / "list.csv", tmp_path / "c")

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import gzip
 import io
 import os
 import shutil
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -343,3 +345,42 @@ def test_a_class_that_is_named_twice_beside_idx_files_is_an_error(tmp_path: Path
 def test_a_file_is_read_no_further_than_its_size(tmp_path: Path) -> None:
     device = Path("/dev/zero")
     assert read_source(str(device), local_etag(device.stat())) == b""
+
+
+@pytest.mark.parametrize("name", ["train-labels-idx1-ubyte.gz", "train-images-idx3-ubyte.gz"])
+def test_a_packed_file_is_unpacked_no_further_than_its_header_says(name: str, tmp_path: Path) -> None:
+    base = idx_folder(tmp_path / "s")
+    data = gzip.decompress((base / name).read_bytes())
+    (base / name).write_bytes(gzip.compress(data + bytes(200_000_000), 1))
+    tracemalloc.start()
+    with pytest.raises(SourceError, match=f"{name} says 60 .*; fetch it again"):
+        entries = open_source(str(base)).entries()
+        list(fetch("idx", planned(entries)))
+    assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    tracemalloc.stop()
+    (base / name).write_bytes(gzip.compress(data)[:-20])
+    with pytest.raises(SourceError, match=name):
+        list(fetch("idx", planned(open_source(str(base)).entries())))
+
+
+@pytest.mark.parametrize("layout", ["{name}", "train/{name}"])
+def test_a_folder_without_an_image_is_no_class(layout: str, tmp_path: Path) -> None:
+    class_folders(tmp_path, {layout.format(name=name): 5 for name in ("cat", "dog")})
+    plain = open_source(str(tmp_path))
+    assert not plain.has_idle_folders
+    (tmp_path / "ImageSets").mkdir()
+    (tmp_path / "ImageSets" / "train.txt").write_text("cat/0000\n")
+    (tmp_path / layout.format(name="metadata")).mkdir()
+    (tmp_path / layout.format(name="metadata") / "info.json").write_text("{}")
+    (tmp_path / layout.format(name="cat") / "notes.txt").write_text("of a class")
+    source = open_source(str(tmp_path))
+    entries = source.entries()
+    assert source.has_idle_folders and set(entries.labels) == {"cat", "dog"} and len(entries) == 11
+    assert entries.ignored == {"folder_without_image": 2} and not entries.rejected
+
+
+def test_a_class_whose_images_have_no_endings_stays_a_class(tmp_path: Path) -> None:
+    class_folders(tmp_path, {"cat": 5, "dog": 5})
+    (tmp_path / "owl").mkdir()
+    (tmp_path / "owl" / "0001").write_bytes(picture(1))
+    assert set(open_source(str(tmp_path)).entries().labels) == {"cat", "dog", "owl"}
