@@ -105,8 +105,6 @@ def exclude(reference: str, listed: Iterable[str], source: str = "", *, copies: 
         )
     if not withdrawn:
         return corpus
-    gone = {(item.split, item.key) for item in withdrawn}
-    kept = [item for item in before if item.reason != "duplicate" or (item.split, item.key) not in gone]
     described = Description(
         class_names=corpus.class_names,
         multi_label=corpus.head.multi_label,
@@ -208,11 +206,13 @@ def join_versions(parent: Corpus, added: Corpus, duplicates: Literal["keep", "qu
     parts = [(one, {split: present(one, split) for split in one.splits}) for one in (parent, added)]
     copies, put_away = join_copies(parts, duplicates)
     old, new = parent.head, added.head
+    former = {item.source for item in quarantined(parent)}
     seen = {item.source for item in quarantined(added)} | {
         path
         for split in added.splits
         for table in tar_rows(added, split, ["source"])
         for path in table["source"].to_pylist()
+        if path in former
     }
     described = Description(
         class_names=added.class_names,
