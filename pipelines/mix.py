@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines import identity
-from pipelines.config import Strict, how
+from pipelines.config import Strict, how, in_order
 from pipelines.identity import StageResult
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["STAGE", "VERSION", "MixPart", "MixRecipe", "make_mix", "run"]
 
 STAGE = "mix"
-VERSION = 2
+VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +35,7 @@ class MixPart(Strict):
 class MixRecipe(Strict):
     """Corpora by a name of your choice. Held-out splits have every image once."""
 
-    corpora: dict[str, MixPart]
+    corpora: dict[str, MixPart] = in_order()  # Classes are numbered in the order in which these first name them.
     destination: str  # Name of the new corpus, or a folder or s3:// prefix for it.
     split: str = "train"  # What weights and balance count for.
     balance: float | None = None  # Repeat classes rarer than this share: sqrt(balance / share) times.
@@ -68,7 +68,23 @@ def run(recipe: MixRecipe) -> StageResult:
     found = look_at(recipe.destination)
     inputs = {f"corpora.{name}": corpus.digest for name, corpus in corpora.items()} | found.inputs
     work = partial(track_making, recipe, lambda check: make_mix(recipe, corpora, found, before_commit=check))
-    return identity.run_stage(STAGE, VERSION, recipe, inputs, work, missing=lost_manifest)
+    return identity.run_stage(STAGE, _version(recipe, corpora), recipe, inputs, work, missing=lost_manifest)
+
+
+def _version(recipe: MixRecipe, corpora: Mapping[str, Corpus]) -> int:
+    """VERSION, and one more for those recipes alone whose result has changed: all others are found finished."""
+    from pipelines.corpus.selection import is_multiplied
+
+    has_weights = any(part.weight is not None for part in recipe.corpora.values())
+    again = any(is_multiplied(corpus, recipe.split) for corpus in corpora.values())
+    roots = [{one.digest for one in corpus.head.sources} or {corpus.digest} for corpus in corpora.values()]
+    share = len(set().union(*roots)) < sum(map(len, roots))  # Images that several parts hold.
+    return VERSION + (
+        share
+        or recipe.materialise != "never"
+        or (has_weights and recipe.balance is not None)
+        or ((has_weights or recipe.balance is not None) and again)
+    )
 
 
 def make_mix(
@@ -99,6 +115,7 @@ def make_mix(
         for name, corpus in corpora.items()
     }
     mixed = [name for name, corpus in corpora.items() if recipe.split in corpus.splits]
+    factors: dict[str, Any] = {}
     if any(part.weight for part in recipe.corpora.values()):
         for name, corpus in corpora.items():
             if name not in mixed or not times[name][recipe.split].any():
@@ -108,18 +125,18 @@ def make_mix(
                 )
         # No image is left out: the corpus that has most images for its weight comes once, the others more often.
         share = {name: (recipe.corpora[name].weight or 0) / times[name][recipe.split].sum() for name in mixed}
-        for name in mixed:
-            factor = share[name] / min(share.values())
-            times[name][recipe.split] = whole_times(times[name][recipe.split], factor, recipe.seed)
+        factors = {name: share[name] / min(share.values()) for name in mixed}
     if recipe.balance is not None:
         labels = {name: np.asarray(maps[name])[single_labels(corpora[name], recipe.split)] for name in mixed}
-        factors = repeat_factors(
+        repeats = repeat_factors(
             np.concatenate([times[name][recipe.split] for name in mixed]),
             np.concatenate([labels[name] for name in mixed]),
             recipe.balance,
         )
-        for name, own in zip(mixed, np.split(factors, np.cumsum([len(labels[n]) for n in mixed])[:-1]), strict=True):
-            times[name][recipe.split] = whole_times(times[name][recipe.split], own, recipe.seed)
+        for name, own in zip(mixed, np.split(repeats, np.cumsum([len(labels[n]) for n in mixed])[:-1]), strict=True):
+            factors[name] = factors.get(name, 1.0) * own
+    for name, factor in factors.items():  # One draw for the product: two with the same numbers would not multiply.
+        times[name][recipe.split] = whole_times(times[name][recipe.split], factor, recipe.seed)
     join_overlaps(corpora, maps, times, recipe.split)
     described = Description(
         class_names=class_names,

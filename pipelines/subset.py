@@ -56,6 +56,7 @@ class SubsetRecipe(Strict):
 def run(recipe: SubsetRecipe) -> StageResult:
     """Make the subset, or return the one that the same recipe and corpus made before."""
     from pipelines.corpus.manifest import open_corpus
+    from pipelines.corpus.selection import is_multiplied
     from pipelines.corpus.whole import lost_manifest
     from pipelines.corpus.withdrawn import look_at
 
@@ -64,7 +65,8 @@ def run(recipe: SubsetRecipe) -> StageResult:
     work = partial(track_making, recipe, lambda check: make_subset(recipe, corpus, found, before_commit=check))
     inputs = {"corpus": corpus.digest, **found.inputs}
     # Those whose result has changed since VERSION was raised: all others are found finished.
-    version = VERSION + (recipe.per_class is not None or len(corpus.head.sources) > 1)
+    again = recipe.balance is not None and is_multiplied(corpus, recipe.split)
+    version = VERSION + (again or recipe.per_class is not None or len(corpus.head.sources) > 1)
     return identity.run_stage(STAGE, version, recipe, inputs, work, missing=lost_manifest)
 
 
