@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -87,7 +88,8 @@ def files(place: Path) -> set[str]:
 
 @pytest.mark.parametrize("what", ["append", "exclude", "subset", "index"])
 def test_what_is_killed_ends_as_if_it_had_not_been(what: str, tmp_path: Path) -> None:
-    calm, killed = world(tmp_path / "calm"), world(tmp_path / "killed")
+    calm, killed = world(tmp_path / "calm"), tmp_path / "killed"
+    shutil.copytree(calm, killed)  # With the times of change, which are in the plan.
     done = run(what, calm)
     assert done.returncode == 0, done.stderr
     writes = int(done.stdout.split("writes ")[1])
@@ -100,7 +102,8 @@ def test_what_is_killed_ends_as_if_it_had_not_been(what: str, tmp_path: Path) ->
     name = "c" if what in ("append", "exclude") else "o"
     one, other = open_corpus(f"{calm / name}@current"), open_corpus(f"{killed / name}@current")
     assert one.digest == other.digest and one.splits == other.splits
-    assert one.quarantine().equals(other.quarantine())
+    for column in ("key", "reason"):
+        assert one.quarantine()[column] == other.quarantine()[column]
     for split in one.splits:
         assert one.samples(split).equals(other.samples(split))
     assert {path for path in files(killed) if "accounts/" not in path} == files(calm)
