@@ -57,11 +57,13 @@ def main(arguments: Sequence[str], prepare: Callable[[], None] = lambda: None) -
 
 
 def open_reference(reference: str) -> Corpus:
-    """As `open_corpus`; without a version the current one."""
+    """As `open_corpus`; without a version the current one. A folder may have an @ in its name."""
     from pipelines.corpus.manifest import open_corpus
+    from pipelines.corpus.sources import VERSION
 
     name, at, version = reference.rpartition("@")
-    return open_corpus(reference if at and name and "/" not in version else f"{reference.rstrip('/')}@current")
+    is_path = "/" in version or ("/" in name and not VERSION.search(reference))
+    return open_corpus(reference if at and name and not is_path else f"{reference.rstrip('/')}@current")
 
 
 def verify(recipe: VerifyRecipe) -> Verdict:

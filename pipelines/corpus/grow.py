@@ -155,7 +155,7 @@ def only_new(entries: Entries, parent: Corpus, kind: str) -> Entries:
     new = ~np.isin(np.frombuffer(entries.keys, np.uint64), np.concatenate(there))
     if not new.all():
         check_unchanged(entries, np.flatnonzero(~new), parent, kind)
-    entries.ignored["in_parent"] = len(entries) - int(new.sum())
+        entries.ignored["in_parent"] = len(entries) - int(new.sum())
     return entries.where(new)
 
 

@@ -105,7 +105,7 @@ def _rows(listed: SourceFile) -> Iterator[Row]:
 
 
 def _csv(file: io.BufferedReader) -> Iterator[Any]:
-    return csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""))
+    return csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), strict=True)
 
 
 def _jsonl(file: io.BufferedReader) -> Iterator[Any]:
