@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 LEASE_SECONDS = 45.0  # A holder on another host is given up after this long without a sign of life.
 RENEW_SECONDS = 10.0
+GIVEN_UP: set[str] = set()  # Tokens of this process whose release the store did not take: a full disk.
 FIELDS = frozenset({"token", "attempt", "host", "pid", "expires"})
 
 
@@ -156,6 +157,7 @@ class Lease:
                     # Expired, not deleted: the attempt number must go on counting.
                     store.write_json(self.uri, self._record(expires=0.0), if_match=self._etag)
                 except store.StoreError as error:
+                    GIVEN_UP.add(self.token)
                     log.warning("%s: the lease was not released: %s", self.what, error)
         if self._thread is not None:
             self._thread.join(timeout=5)
@@ -173,7 +175,7 @@ def read_lease(uri: str) -> dict[str, Any]:
 
 def is_held(record: Mapping[str, Any]) -> bool:
     """Whether the holder may still be at work."""
-    return bool(record["expires"] > time.time() and not _is_dead(record))
+    return bool(record["expires"] > time.time() and record["token"] not in GIVEN_UP and not _is_dead(record))
 
 
 def _is_dead(record: Mapping[str, Any]) -> bool:

@@ -322,3 +322,20 @@ def test_a_lease_object_that_is_none_is_named(data: bytes, tmp_path: Path) -> No
     store.write(uri, data)
     with pytest.raises(store.StoreError, match=r"lease.json is no lease; if no other process writes there, delete it"):
         identity.lease(uri, "toy").__enter__()
+
+
+def test_a_lease_whose_release_was_not_written_is_taken_again_by_the_same_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = str(tmp_path / "lease.json")
+    with monkeypatch.context() as patch, identity.lease(uri, "toy"):
+        with pytest.raises(Held), identity.lease(uri, "toy"):
+            pass
+
+        def full(*_: object, **__: object) -> str:
+            raise store.StoreError("no space left")
+
+        patch.setattr("pipelines.lease.store.write_json", full)
+    monkeypatch.undo()
+    with identity.lease(uri, "toy") as held:
+        assert held.attempt == 2
