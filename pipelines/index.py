@@ -168,7 +168,7 @@ def adopt_tars(
             class_names=class_names,
             current=current,
             ignored=ignored,
-            source=listing.base,
+            source=listing.covered,
             recipe={"stage": STAGE, **_deciding(recipe)},
             tables={"anomalies": anomaly_table(listed)},
             multi_label=any(scan.multi_label for scan in scans),

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines import identity
-from pipelines.config import Strict, how
+from pipelines.config import Strict, how, in_order
 from pipelines.identity import StageResult
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class MixPart(Strict):
 class MixRecipe(Strict):
     """Corpora by a name of your choice. Held-out splits have every image once."""
 
-    corpora: dict[str, MixPart]
+    corpora: dict[str, MixPart] = in_order()  # Classes are numbered in the order in which these first name them.
     destination: str  # Name of the new corpus, or a folder or s3:// prefix for it.
     split: str = "train"  # What weights and balance count for.
     balance: float | None = None  # Repeat classes rarer than this share: sqrt(balance / share) times.
@@ -65,7 +65,18 @@ def run(recipe: MixRecipe) -> StageResult:
     corpora = {name: open_corpus(part.corpus) for name, part in recipe.corpora.items()}
     inputs = {f"corpora.{name}": corpus.digest for name, corpus in corpora.items()}
     work = partial(track_making, recipe, lambda check: make_mix(recipe, corpora, before_commit=check))
-    return identity.run_stage(STAGE, VERSION, recipe, inputs, work, missing=lost_manifest)
+    return identity.run_stage(STAGE, _version(recipe, corpora), recipe, inputs, work, missing=lost_manifest)
+
+
+def _version(recipe: MixRecipe, corpora: Mapping[str, Corpus]) -> int:
+    """VERSION, and one more for those recipes alone whose result has changed: all others are found finished."""
+    from pipelines.corpus.selection import is_multiplied
+
+    has_weights = any(part.weight is not None for part in recipe.corpora.values())
+    again = any(is_multiplied(corpus, recipe.split) for corpus in corpora.values())
+    return VERSION + (
+        (has_weights and recipe.balance is not None) or ((has_weights or recipe.balance is not None) and again)
+    )
 
 
 def make_mix(
@@ -91,6 +102,7 @@ def make_mix(
         for name, corpus in corpora.items()
     }
     mixed = [name for name, corpus in corpora.items() if recipe.split in corpus.splits]
+    factors: dict[str, Any] = {}
     if any(part.weight for part in recipe.corpora.values()):
         for name, corpus in corpora.items():
             if name not in mixed or not times[name][recipe.split].any():
@@ -100,18 +112,18 @@ def make_mix(
                 )
         # No image is left out: the corpus that has most images for its weight comes once, the others more often.
         share = {name: (recipe.corpora[name].weight or 0) / times[name][recipe.split].sum() for name in mixed}
-        for name in mixed:
-            factor = share[name] / min(share.values())
-            times[name][recipe.split] = whole_times(times[name][recipe.split], factor, recipe.seed)
+        factors = {name: share[name] / min(share.values()) for name in mixed}
     if recipe.balance is not None:
         labels = {name: np.asarray(maps[name])[single_labels(corpora[name], recipe.split)] for name in mixed}
-        factors = repeat_factors(
+        repeats = repeat_factors(
             np.concatenate([times[name][recipe.split] for name in mixed]),
             np.concatenate([labels[name] for name in mixed]),
             recipe.balance,
         )
-        for name, own in zip(mixed, np.split(factors, np.cumsum([len(labels[n]) for n in mixed])[:-1]), strict=True):
-            times[name][recipe.split] = whole_times(times[name][recipe.split], own, recipe.seed)
+        for name, own in zip(mixed, np.split(repeats, np.cumsum([len(labels[n]) for n in mixed])[:-1]), strict=True):
+            factors[name] = factors.get(name, 1.0) * own
+    for name, factor in factors.items():  # One draw for the product: two with the same numbers would not multiply.
+        times[name][recipe.split] = whole_times(times[name][recipe.split], factor, recipe.seed)
     described = Description(
         class_names=class_names,
         multi_label=next(iter(corpora.values())).head.multi_label,

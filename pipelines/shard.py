@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines import identity, store
-from pipelines.config import Strict, how, input_
+from pipelines.config import Strict, how, in_order, input_
 from pipelines.corpus.resize import ResizeConfig
 from pipelines.identity import Attempt, StageResult
 from pipelines.progress import progress, say
@@ -40,7 +40,8 @@ class ShardRecipe(Strict):
     destination: str  # Name of the corpus, or a folder or s3:// prefix for it.
     shard_bytes: int = 100_000_000  # Source bytes of one shard.
     seed: int = 0  # Of the order in which images are laid into shards.
-    splits: dict[str, float] | None = None  # Fractions of train by hash of the path; null: as the source has it.
+    # Fractions of train by hash of the path, in this order; null: as the source has it.
+    splits: dict[str, float] | None = in_order(first=("train", "val", "test"), default=None)
     classes: tuple[str, ...] | None = None  # Class names in order of the label; null: as found, sorted.
     resize: ResizeConfig | None = None  # Make large images smaller; null: all keep their bytes.
     shuffle: bool = False  # Tars: shuffle over all their images, which reads each by itself; else whole tars.

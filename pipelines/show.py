@@ -53,7 +53,8 @@ def run(recipe: ShowRecipe) -> StageResult:
     inputs = {"corpus": corpus.digest, "place": corpus.uri}
     if corpus.account:
         inputs["account"] = corpus.account
-    result = identity.run_stage(STAGE, VERSION, recipe, inputs, partial(_work, recipe, corpus))
+    version = VERSION + (corpus.layout.times is not None)  # Raised for corpora of which not every image comes once.
+    result = identity.run_stage(STAGE, version, recipe, inputs, partial(_work, recipe, corpus))
     if recipe.output is not None:
         path = Path(recipe.output).expanduser().absolute()
         store.write(str(path), store.read(result.uri))

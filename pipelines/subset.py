@@ -53,11 +53,14 @@ class SubsetRecipe(Strict):
 def run(recipe: SubsetRecipe) -> StageResult:
     """Make the subset, or return the one that the same recipe and corpus made before."""
     from pipelines.corpus.manifest import open_corpus
+    from pipelines.corpus.selection import is_multiplied
     from pipelines.corpus.whole import lost_manifest
 
     corpus = open_corpus(recipe.corpus)
     work = partial(track_making, recipe, lambda check: make_subset(recipe, corpus, before_commit=check))
-    return identity.run_stage(STAGE, VERSION, recipe, {"corpus": corpus.digest}, work, missing=lost_manifest)
+    # Raised for those recipes alone whose result has changed.
+    version = VERSION + (recipe.balance is not None and is_multiplied(corpus, recipe.split))
+    return identity.run_stage(STAGE, version, recipe, {"corpus": corpus.digest}, work, missing=lost_manifest)
 
 
 def make_subset(recipe: SubsetRecipe, corpus: Corpus, *, before_commit: Callable[[], None] = lambda: None) -> Corpus:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,12 @@ class TarListing:
     @property
     def digest(self) -> str:
         return listing_digest("index", self.tars)
+
+    @property
+    def covered(self) -> str:
+        """The folder or prefix of which every tar is listed; of a single tar that was named, its own URI."""
+        named = self.source if store.is_s3(self.source) else str(Path(self.source).expanduser().absolute())
+        return named if named == self.tars[0].uri else self.base
 
 
 def list_tars(source: str) -> TarListing:

@@ -109,9 +109,10 @@ def commit(
         raise QuarantineError(f"no image is left of {len(everything_rejected):,}: {count_reasons(everything_rejected)}")
     rows = RowParts(base, shards)
     equal = rows.duplicates()
-    times: list[bytes | None] = [None if n == 1 else bytes([n]) for n in shards["times"].to_pylist()]
+    often: list[int] = shards["times"].to_pylist()
+    times = [None if n == 1 else bytes([n]) for n in often]
     if duplicates == "quarantine" and len(equal.extra):
-        times = rows.times(equal.extra)
+        times = rows.times(equal.extra, often)
         everything_rejected += rows.rejected(equal)
     corpus = write_manifest(
         base,

@@ -172,8 +172,8 @@ def name_numbers(entries: Entries, parent: Corpus, more: Sequence[str]) -> None:
     if unknown:
         raise CorpusError(
             f"label {unknown[0]} is no class of {parent.reference}, in which numbers are names such as"
-            f" {next(name for name in names if name.isdecimal())!r}: it is not clear which class is meant; write its name,"
-            " or add a new one to `classes`"
+            f" {next(name for name in names if name.isdecimal())!r}: it is not clear which class is meant; write its"
+            " name, or add a new one to `classes`"
         )
     entries.labels = {str(label): code for label, code in entries.labels.items()}
 

@@ -73,15 +73,18 @@ class RowParts:
             lambda: zip(self._splits, self._each(["content", "label", "labels"]), strict=True), self.total
         )
 
-    def times(self, withdrawn: np.ndarray) -> list[bytes | None]:
-        """Of each shard: how often each of its samples comes if these rows do not; None: once each."""
+    def times(self, withdrawn: np.ndarray, often: Sequence[int]) -> list[bytes | None]:
+        """Of each shard: how often each of its samples comes if these rows do not; None: once each.
+
+        `often`: how often the samples of each shard came before.
+        """
         ends = np.cumsum(self._samples)
         found: list[bytes | None] = []
-        for end, samples in zip(ends.tolist(), self._samples, strict=True):
+        for end, samples, count in zip(ends.tolist(), self._samples, often, strict=True):
             own = withdrawn[np.searchsorted(withdrawn, end - samples) : np.searchsorted(withdrawn, end)]
-            times = np.ones(samples, np.uint8)
+            times = np.full(samples, count, np.uint8)
             times[own - (end - samples)] = 0
-            found.append(times.tobytes() if len(own) else None)
+            found.append(times.tobytes() if len(own) else None if count == 1 else bytes([count]))
         return found
 
     def write(self, target: str, *, mend: bool = False) -> None:

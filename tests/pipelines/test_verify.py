@@ -241,6 +241,19 @@ def test_tars_that_an_unfinished_run_planned_are_no_strays(tmp_path: Path) -> No
     assert verdict.counts == {} and verdict.planned == 1
 
 
+def test_tars_that_the_index_did_not_take_or_could_not_use_are_no_strays(tmp_path: Path) -> None:
+    source = write_tars(tmp_path / "t", members=named)
+    first = sorted(source.rglob("*.tar"))[0]
+    adopt_tars(recipe(first, destination=str(tmp_path / "one")))
+    assert check(tmp_path / "one").counts == {}
+    (source / "empty.tar").write_bytes(bytes(10240))
+    assert adopt_tars(recipe(source, destination=str(tmp_path / "all"))).anomalies["no_sample"] == 1
+    assert check(tmp_path / "all").counts == {}
+    shutil.copy(first, source / "empty.tar")  # Now it holds something.
+    shutil.copy(first, source / "late.tar")
+    assert check(tmp_path / "all").counts == {"stray": 2}
+
+
 def test_the_command_says_what_it_found_and_ends_with_1(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections import Counter
 from itertools import pairwise
@@ -22,6 +23,7 @@ from pipelines.corpus.manifest import Corpus, open_corpus
 from pipelines.corpus.resize import ResizeConfig
 from pipelines.corpus.selection import first_per_class, random_fraction, repeat_factors, whole_times
 from pipelines.corpus.small import write_corpus
+from pipelines.identity import canonical, deciding_fields
 from pipelines.mix import MixPart, MixRecipe, make_mix
 from pipelines.reader.loader import AugmentConfig, ReaderConfig, eval_batches, train_batches
 from pipelines.shard import ShardRecipe, make_corpus
@@ -149,6 +151,70 @@ def test_mixtures_join_label_spaces_by_name_and_weigh_whole_images(tmp_path: Pat
     )
     check_reading(mixed)
     check_reading(mixed, "test")
+
+
+def mixture(folder: Path, **corpora: MixPart) -> MixRecipe:
+    return MixRecipe(corpora=corpora, destination=str(folder), materialise="never", num_workers=0)
+
+
+def test_the_order_of_a_mixture_is_part_of_its_identity(tmp_path: Path) -> None:
+    one, two = write(tmp_path / "one", "bc"), write(tmp_path / "two", "ab", 24, first=500)
+    parts = {"one": MixPart(corpus=one.reference), "two": MixPart(corpus=two.reference)}
+    recipes = [
+        mixture(tmp_path / "m", **{name: parts[name] for name in order}) for order in (["one", "two"], ["two", "one"])
+    ]
+    corpora = {"one": one, "two": two}
+    made = [make_mix(given, {name: corpora[name] for name in given.corpora}) for given in recipes]
+    assert made[0].class_names == ("b", "c", "a") and made[1].class_names == ("a", "b", "c")
+    first, second = (canonical(deciding_fields(given)["corpora"]) for given in recipes)
+    assert first != second and first.startswith('{"one":')  # By name: as it always was.
+
+
+def test_weights_and_balance_multiply(tmp_path: Path) -> None:
+    one, two = write(tmp_path / "one", "ab", 2000), write(tmp_path / "two", "ab", 3000, first=5000)
+    given = mixture(
+        tmp_path / "m", one=MixPart(corpus=one.reference, weight=1.0), two=MixPart(corpus=two.reference, weight=1.0)
+    )
+    mixed = make_mix(dataclasses.replace(given, balance=0.6), {"one": one, "two": two})
+    labels = mixed.samples("train")["label"].to_pylist()
+    before = Counter(one.samples("train")["label"].to_pylist())
+    total = before + Counter(two.samples("train")["label"].to_pylist())
+    repeat = max(1.0, (0.6 / (total[1] / total.total())) ** 0.5)
+    wanted = (1.5 * before[1] + total[1] - before[1]) * repeat
+    assert labels.count(1) == pytest.approx(wanted, rel=0.03)
+
+
+def test_a_second_draw_knows_nothing_of_the_first() -> None:
+    ones = np.ones(100_000, np.uint8)
+    for seed in range(3):
+        assert whole_times(whole_times(ones, 1.3, seed), 1.3, seed).mean() == pytest.approx(1.69, rel=0.01)
+        assert whole_times(whole_times(ones, 1.5, seed), 1.25, seed).mean() == pytest.approx(1.875, rel=0.01)
+
+
+def test_copies_leave_a_mixture_and_what_stays_comes_as_often_as_before(tmp_path: Path) -> None:
+    one = class_folders(tmp_path / "a", {"cat": 10, "dog": 10})
+    (one / "cat" / "copy.png").write_bytes((one / "cat" / "0000.png").read_bytes())
+    two = tmp_path / "b"
+    for i in range(80):
+        (two / ("cat", "dog")[i % 2]).mkdir(parents=True, exist_ok=True)
+        (two / ("cat", "dog")[i % 2] / f"{i}.png").write_bytes(picture(5000 + i))
+    corpora = {"a": shard(one, tmp_path / "ca"), "b": shard(two, tmp_path / "cb")}
+    given = mixture(
+        tmp_path / "m", **{name: MixPart(corpus=one.reference, weight=1.0) for name, one in corpora.items()}
+    )
+    mixed = make_mix(given, corpora)
+
+    def often(corpus: Corpus) -> Counter[Any]:
+        return Counter(corpus.samples("train")["content"].to_pylist())
+
+    before, values = often(mixed), {"destination": str(tmp_path / "o"), "duplicates": "quarantine", "num_workers": 0}
+    after = make_corpus(ShardRecipe(source=mixed.reference, **values))  # type: ignore[arg-type]
+    assert after.head.rejected == {"duplicate": 1}
+    found = often(after)
+    assert found.keys() == before.keys() and max(found.values()) > 2
+    (fewer,) = (content for content, count in found.items() if count != before[content])
+    assert 0 < found[fewer] < before[fewer]
+    check_reading(after)
 
 
 def test_a_subset_can_be_made_of_a_mixture_and_gets_shards_of_its_own(tmp_path: Path) -> None:
