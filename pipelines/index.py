@@ -140,7 +140,7 @@ def adopt_tars(
         split_of,
     )
     from pipelines.corpus.anomalies import anomaly_table
-    from pipelines.corpus.commit import commit, current_etag, one_writer
+    from pipelines.corpus.commit import Records, commit, current_etag, one_writer
     from pipelines.corpus.manifest import corpus_base
     from pipelines.corpus.quarantine import check_fraction
 
@@ -157,7 +157,11 @@ def adopt_tars(
     shared, shown = shared_keys(listing.tars, places)
     counts = count_anomalies(scans, shared)
     listed = [anomaly for scan in scans for anomaly in scan.anomalies] + shown
-    records = shard_records(listing, base, splits, places, scans, changes)
+    records = Records()
+    tars: list[tuple[str, str | None]] = []
+    for record in shard_records(listing, base, splits, places, scans, changes):
+        records.add(record)
+        tars.append((record.sha256, record.uri))
     ignored = _sum([listing.ignored, *(scan.ignored for scan in scans)])
     with one_writer(base) as check:
         check()
@@ -173,7 +177,7 @@ def adopt_tars(
             tables={"anomalies": anomaly_table(listed)},
             multi_label=any(scan.multi_label for scan in scans),
         )
-        corpus = point_to(corpus, records)
+        corpus = point_to(corpus, tars)
     adopted = Adopted(corpus, counts, listed, reused)
     _tell(adopted)
     return adopted

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -191,8 +191,8 @@ def shard_records(
     places: Sequence[str],
     scans: Sequence[ScannedTar],
     changes: Sequence[Mapping[int, int]],
-) -> list[ShardRecord]:
-    """What `commit` takes, in the order of the manifest: by split, then by path."""
+) -> Iterator[ShardRecord]:
+    """What `commit` takes, in the order of the manifest: by split, then by path. A few are made at a time."""
     names = order_splits(splits)
     lists = any(scan.multi_label for scan in scans)
     order = sorted(range(len(scans)), key=lambda number: (names.index(splits[number]), listing.tars[number].path))
@@ -208,9 +208,9 @@ def shard_records(
             samples=scan.samples,
             sha256=scan.sha256,
             etag=tar.etag,
-            page_offset=scan.page_offset,
-            page_length=scan.page_length,
-            page_rows=scan.page_rows,
+            page_offset=list(scan.page_offset),
+            page_length=list(scan.page_length),
+            page_rows=list(scan.page_rows),
             rows=_below(_relabelled(place, change, lists and not scan.multi_label), base),
             rejected=scan.rejected,
             noted=scan.noted,
@@ -218,7 +218,8 @@ def shard_records(
         )
 
     with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(record, range(len(order))))
+        for start in range(0, len(order), 4 * THREADS):
+            yield from pool.map(record, range(start, min(start + 4 * THREADS, len(order))))
 
 
 def _below(uri: str, base: str) -> str:
@@ -248,11 +249,14 @@ def _relabelled(place: str, change: Mapping[int, int], as_lists: bool) -> str:
     return uri
 
 
-def point_to(corpus: Corpus, records: Sequence[ShardRecord]) -> Corpus:
-    """The same tars may have been indexed before in another place: the version is the same, its URIs are not."""
+def point_to(corpus: Corpus, tars: Iterable[tuple[str, str | None]]) -> Corpus:
+    """The same tars may have been indexed before in another place: the version is the same, its URIs are not.
+
+    `tars`: the sha256 and URI of each.
+    """
     uris: dict[str, list[str | None]] = {}
-    for record in records:
-        uris.setdefault(record.sha256, []).append(record.uri)  # Two tars of the same bytes come in one order.
+    for sha256, uri in tars:
+        uris.setdefault(sha256, []).append(uri)  # Two tars of the same bytes come in one order.
     wanted = [uris[sha256].pop(0) for sha256 in corpus.table["sha256"].to_pylist()]
     columns = corpus.table.column_names
     if "uri" in columns and corpus.table["uri"].to_pylist() == wanted:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ from pipelines.corpus.anomalies import Anomaly
 from pipelines.corpus.quarantine import Rejected
 
 __all__ = ["ScannedTar"]
+
+PAGES = {"page_offset": "q", "page_length": "I", "page_rows": "I"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +23,9 @@ class ScannedTar:
     bytes: int
     sha256: str
     samples: int
-    page_offset: list[int]
-    page_length: list[int]
-    page_rows: list[int]
+    page_offset: Sequence[int]  # Read back they are arrays: a corpus has many tars, and a tar many pages.
+    page_length: Sequence[int]
+    page_rows: Sequence[int]
     numbers: list[int]  # Lowest and highest class number that occur; empty: none does,
     names: list[str]  # and class names: a tar that has both cannot be used.
     rejected: list[Rejected]
@@ -34,12 +37,13 @@ class ScannedTar:
     multi_label: bool = False  # A sample has a list of labels, so `rows` has lists.
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {name: list(getattr(self, name)) for name in PAGES}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> ScannedTar:
         return cls(
             **dict(value)
+            | {name: array(kind, value[name]) for name, kind in PAGES.items()}
             | {
                 "rejected": [Rejected(**item) for item in value["rejected"]],
                 "anomalies": [Anomaly(**item) for item in value["anomalies"]],
