@@ -24,10 +24,8 @@ log = logging.getLogger(__name__)
 
 LEASE_SECONDS = 45.0  # A holder on another host is given up after this long without a sign of life.
 RENEW_SECONDS = 10.0
+GIVEN_UP: set[str] = set()  # Tokens of this process whose release the store did not take: a full disk.
 FIELDS = frozenset({"token", "attempt", "host", "pid", "expires"})
-
-
-_held: set[str] = set()  # Tokens of the leases that this process holds.
 
 
 class Held(RuntimeError):
@@ -44,7 +42,6 @@ class Lease:
     def __init__(self, uri: str, what: str) -> None:
         self.uri, self.what = uri, what
         self.token = uuid.uuid4().hex
-        _held.add(self.token)
         self.attempt = 1
         self.note: dict[str, Any] = {}  # Handed on from holder to holder; `annotate` adds to it.
         self._etag = ""
@@ -160,6 +157,7 @@ class Lease:
                     # Expired, not deleted: the attempt number must go on counting.
                     store.write_json(self.uri, self._record(expires=0.0), if_match=self._etag)
                 except store.StoreError as error:
+                    GIVEN_UP.add(self.token)
                     log.warning("%s: the lease was not released: %s", self.what, error)
         if self._thread is not None:
             self._thread.join(timeout=5)
@@ -177,19 +175,14 @@ def read_lease(uri: str) -> dict[str, Any]:
 
 def is_held(record: Mapping[str, Any]) -> bool:
     """Whether the holder may still be at work."""
-    return bool(record["expires"] > time.time() and not _is_dead(record))
+    return bool(record["expires"] > time.time() and record["token"] not in GIVEN_UP and not _is_dead(record))
 
 
 def _is_dead(record: Mapping[str, Any]) -> bool:
     """A holder on this host whose process is gone (or whose pid is another process now) need not be waited for."""
     # `started` stands in leases that an earlier release wrote.
     mark = record["mark"] if "mark" in record else record["started"]
-    if record["host"] != socket.gethostname():
-        return False
-    if not is_alive(int(record["pid"]), mark):
-        return True
-    # Ours, and over: on a full disk it could not be written that it was released.
-    return "mark" in record and int(record["pid"]) == os.getpid() and record["token"] not in _held
+    return bool(record["host"] == socket.gethostname() and not is_alive(int(record["pid"]), mark))
 
 
 def holder(record: Mapping[str, Any]) -> str:
@@ -215,4 +208,3 @@ def lease(uri: str, what: str, *, wait_seconds: float = 0.0) -> Iterator[Lease]:
         yield held
     finally:
         held.release()
-        _held.discard(held.token)

@@ -281,17 +281,6 @@ def test_a_lease_of_an_earlier_release_is_read(tmp_path: Path, alive: bool) -> N
             assert held.attempt == 4
 
 
-def test_a_lease_that_could_not_be_released_does_not_stop_its_own_process(tmp_path: Path) -> None:
-    uri = str(tmp_path / "lease.json")
-    with identity.lease(uri, "toy"):
-        record = store.read_json(uri)
-        with pytest.raises(Held), identity.lease(uri, "toy"):
-            pass
-    store.write_json(uri, record)  # As it stays where the disk is full when it ends.
-    with identity.lease(uri, "toy") as held:
-        assert held.attempt == 2
-
-
 def test_a_clock_that_is_set_does_not_make_a_holder_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import psutil
 
@@ -333,3 +322,20 @@ def test_a_lease_object_that_is_none_is_named(data: bytes, tmp_path: Path) -> No
     store.write(uri, data)
     with pytest.raises(store.StoreError, match=r"lease.json is no lease; if no other process writes there, delete it"):
         identity.lease(uri, "toy").__enter__()
+
+
+def test_a_lease_whose_release_was_not_written_is_taken_again_by_the_same_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = str(tmp_path / "lease.json")
+    with monkeypatch.context() as patch, identity.lease(uri, "toy"):
+        with pytest.raises(Held), identity.lease(uri, "toy"):
+            pass
+
+        def full(*_: object, **__: object) -> str:
+            raise store.StoreError("no space left")
+
+        patch.setattr("pipelines.lease.store.write_json", full)
+    monkeypatch.undo()
+    with identity.lease(uri, "toy") as held:
+        assert held.attempt == 2

@@ -58,6 +58,12 @@ def test_a_clean_corpus_is_clean(deep: bool, corpus: Corpus) -> None:
     assert verdict.bytes == corpus.head.bytes and verdict.written_again == 0
 
 
+def test_a_folder_may_have_an_at_in_its_name(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "me@host", IMAGES[:4], shard_samples=10)
+    assert check(tmp_path / "me@host").samples == 4
+    assert verify(VerifyRecipe(corpus=corpus.reference, num_workers=0)).samples == 4
+
+
 @pytest.fixture(params=["sharded", "adopted"])
 def recorded(request: pytest.FixtureRequest, tmp_path: Path) -> Corpus:
     """By the stages themselves, whose records know the ETags."""

@@ -92,6 +92,8 @@ def test_every_row_of_a_list_is_in_the_corpus_or_in_quarantine(tmp_path: Path) -
         ("uri,name\na,b\n", "neither `label` nor `labels`"),
         ("uri,label,labels\na,b,c\n", "both `label` and `labels`"),
         ("uri,label\nx.png,a\nx.png,b\n", "occurs twice"),
+        ('uri,label\nx.png,"a\nx.png,b\n', "cannot be read"),
+        ('uri,label\nx.png,"a\nx.png,"b"\nx.png,c\n', "cannot be read"),
         ("uri\nx.png\n", "neither `label` nor `labels`"),
         ("uri\nx.png,a\n", "row 1 has more fields than the header"),
         ("uri,label\nx.png,a,b\n", "row 1 has more fields than the header"),

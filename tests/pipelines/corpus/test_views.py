@@ -28,6 +28,7 @@ from pipelines.reader.loader import AugmentConfig, ReaderConfig, eval_batches, t
 from pipelines.shard import ShardRecipe, make_corpus
 from pipelines.store import local
 from pipelines.subset import SubsetRecipe, make_subset
+from pipelines.verify import VerifyRecipe, verify
 from vit_model.preprocess import InputSpec
 
 from .inputs import class_folders, picture, tar_bytes
@@ -572,3 +573,34 @@ def test_a_withdrawn_image_does_not_come_back_when_the_source_is_sharded_again(t
     assert withdrawn.splits == {"train": 11}
     (source / "a" / "0001.jpg").unlink()
     assert make().splits == {"train": 12}
+
+
+def test_a_mixture_of_parts_that_share_images_is_written_with_their_times_added(tmp_path: Path) -> None:
+    corpus = write(tmp_path / "c")
+    half = make_subset(
+        SubsetRecipe(corpus=corpus.reference, destination=str(tmp_path / "half"), fraction=0.5, materialise="never"),
+        corpus,
+    )
+
+    def mixed(materialise: Any, **classes: Any) -> Corpus:
+        parts = {"x": MixPart(corpus=corpus.reference), "y": MixPart(corpus=half.reference, **classes)}
+        name = str(tmp_path / f"mix-{materialise}")
+        recipe = MixRecipe(corpora=parts, destination=name, materialise=materialise, num_workers=0)
+        return make_mix(recipe, {"x": corpus, "y": half})
+
+    def often(one: Corpus, split: str) -> Counter[bytes]:
+        return Counter(one.samples(split)["content"].to_pylist())
+
+    view, written = mixed("never"), mixed("always")
+    for split in view.splits:
+        assert often(written, split) == often(view, split)
+    assert verify(VerifyRecipe(corpus=written.reference, num_workers=0)).counts == {}
+    with pytest.raises(CorpusError, match="give them different labels"):
+        mixed("always", classes={"a": "other"})
+
+
+def test_an_append_of_nothing_but_new_images_counts_none_as_known(tmp_path: Path) -> None:
+    corpus = write(tmp_path / "c")
+    source = class_folders(tmp_path / "s", {"x": 2, "y": 2})
+    grown = make_corpus(ShardRecipe(source=str(source), destination=corpus.uri, append=True, num_workers=0))
+    assert grown.head.samples == corpus.head.samples + 4 and grown.head.ignored == {}
