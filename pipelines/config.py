@@ -86,6 +86,11 @@ def input_(**options: Any) -> Any:
     return dataclasses.field(metadata={"input": True}, **options)
 
 
+def in_order(*, first: tuple[str, ...] = (), **options: Any) -> Any:
+    """A mapping whose order decides the result. The digest takes any order but the usual one: `first`, then by name."""
+    return dataclasses.field(metadata={"in_order": first}, **options)
+
+
 def packaged_recipes() -> list[str]:
     """Names of the recipes that ship with the package, such as "smoke/pretrain"."""
     return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))

@@ -18,7 +18,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import config, store
-from pipelines.lease import LEASE_SECONDS, Held, Lease, LeaseLost, holder, is_held, lease
+from pipelines.lease import LEASE_SECONDS, Held, Lease, LeaseLost, holder, is_held, lease, read_lease
 from pipelines.progress import say
 from pipelines.results import (
     StageResult,
@@ -125,7 +125,17 @@ def deciding_fields(recipe: Any) -> dict[str, Any]:
             chosen[spec.name] = inner
         elif default is dataclasses.MISSING or value != default:
             chosen[spec.name] = config.to_dict(_Holder(value))["value"]
+            if "in_order" in spec.metadata:
+                chosen[spec.name] = _with_order(chosen[spec.name], spec.metadata["in_order"])
     return chosen
+
+
+def _with_order(value: Any, first: Sequence[str]) -> Any:
+    """JSON has no order of keys: a mapping that is not in its usual order becomes a list of pairs."""
+    if not isinstance(value, Mapping):
+        return value
+    usual = sorted(value, key=lambda name: (first.index(name) if name in first else len(first), name))
+    return value if list(value) == usual else [[name, own] for name, own in value.items()]
 
 
 @dataclass(frozen=True)
@@ -182,7 +192,7 @@ def code_origin() -> str:
 def holder_of(stage: str, digest: str) -> str | None:
     """The live process that is at this run, or None."""
     try:
-        record = store.read_json(store.join(runs(), stage, digest, "lease.json"))
+        record = read_lease(store.join(runs(), stage, digest, "lease.json"))
     except store.NotFound:
         return None
     return holder(record) if is_held(record) else None
@@ -210,7 +220,7 @@ class Attempt:
 
     def check(self) -> None:
         """Raise LeaseLost if another attempt took over. Call it before every commit."""
-        if store.read_json(store.join(self.root, "lease.json"))["token"] != self.token:
+        if read_lease(store.join(self.root, "lease.json"))["token"] != self.token:
             raise LeaseLost(f"{self.name}: another attempt took over; this one stops and writes nothing more")
 
     def result(self, *, uri: str, run_id: str | None, metrics: Mapping[str, float], **details: Any) -> StageResult:

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pipelines import identity, store
 from pipelines.config import Strict, how, input_
 from pipelines.identity import Attempt, StageResult
-from pipelines.progress import progress, say
+from pipelines.progress import as_line, progress, say
 
 if TYPE_CHECKING:
     from pipelines.corpus.adoption import TarListing
     from pipelines.corpus.anomalies import Anomaly
     from pipelines.corpus.manifest import Corpus
     from pipelines.corpus.scanned import ScannedTar
+    from pipelines.corpus.withdrawn import Destination
 
 __all__ = ["STAGE", "VERSION", "IndexRecipe", "adopt_tars", "run"]
 
@@ -68,32 +69,29 @@ class Adopted:
 def run(recipe: IndexRecipe) -> StageResult:
     """Make the manifest, or return the one that the same tars and recipe made before."""
     from pipelines.corpus.adoption import list_tars
+    from pipelines.corpus.commit import point_to_finished
     from pipelines.corpus.manifest import corpus_base
+    from pipelines.corpus.whole import lost_manifest
+    from pipelines.corpus.withdrawn import look_at
 
     listing = list_tars(recipe.source)
     # The place is part of the identity: the same tars in another place are another corpus to open.
     recipe = dataclasses.replace(recipe, destination=corpus_base(recipe.destination or listing.base))
-    inputs = {"source": listing.digest}
-    return identity.run_stage(STAGE, VERSION, recipe, inputs, partial(_work, recipe, listing), missing=_lost)
+    found = look_at(recipe.destination or listing.base)
+    inputs = {"source": listing.digest, **found.inputs}
+    work = partial(_work, recipe, listing, found)
+    result = identity.run_stage(STAGE, VERSION, recipe, inputs, work, missing=lost_manifest)
+    if result.reused:
+        point_to_finished(result.uri, result.details.get("account", ""), STAGE, found.current)
+    return result
 
 
-def _lost(result: StageResult) -> str | None:
-    from pipelines.corpus.errors import ManifestError
-    from pipelines.corpus.manifest import open_corpus
-
-    try:
-        open_corpus(result.uri)
-    except ManifestError:
-        return f"the manifest of {result.uri} is gone"
-    return None
-
-
-def _work(recipe: IndexRecipe, listing: TarListing, attempt: Attempt) -> StageResult:
+def _work(recipe: IndexRecipe, listing: TarListing, found: Destination, attempt: Attempt) -> StageResult:
     from pipelines.tracking.run import track
 
     with track(attempt, recipe) as run:
         started = time.monotonic()
-        adopted = adopt_tars(recipe, listing, keep=not identity.AGAIN.get(), before_commit=attempt.check)
+        adopted = adopt_tars(recipe, listing, found, keep=not identity.AGAIN.get(), before_commit=attempt.check)
         corpus, head = adopted.corpus, adopted.corpus.head
         seconds = time.monotonic() - started
         rejected = sum(head.rejected.values())
@@ -102,7 +100,7 @@ def _work(recipe: IndexRecipe, listing: TarListing, attempt: Attempt) -> StageRe
             "shards": float(head.shards),
             "bytes": float(head.bytes),
             "rejected": float(rejected),
-            "bad_fraction": rejected / (head.samples + rejected),
+            "bad_fraction": head.bad_fraction,
             "anomalies": float(sum(adopted.anomalies.values())),
             "tars_read": float(len(listing.tars) - adopted.reused),
             "images_per_second": (head.samples + rejected) / seconds,
@@ -124,12 +122,14 @@ def _work(recipe: IndexRecipe, listing: TarListing, attempt: Attempt) -> StageRe
             ignored=head.ignored,
             duplicates=head.duplicates,
             anomalies=adopted.anomalies,
+            **({"account": corpus.account} if corpus.account else {}),
         )
 
 
 def adopt_tars(
     recipe: IndexRecipe,
     listing: TarListing | None = None,
+    found: Destination | None = None,
     *,
     keep: bool = True,
     before_commit: Callable[[], None] = lambda: None,
@@ -145,24 +145,24 @@ def adopt_tars(
         split_of,
     )
     from pipelines.corpus.anomalies import anomaly_table
-    from pipelines.corpus.commit import commit, current_etag, one_writer
-    from pipelines.corpus.manifest import corpus_base
+    from pipelines.corpus.commit import Records, commit, make_current, one_writer
     from pipelines.corpus.quarantine import check_fraction
+    from pipelines.corpus.withdrawn import keep_withdrawn, look_at
 
     listing = listing or list_tars(recipe.source)
-    base = corpus_base(recipe.destination or listing.base)
-    current = current_etag(base)
+    found = found or look_at(recipe.destination or listing.base)
+    base = found.base
     splits = [split_of(tar.path, recipe.split) for tar in listing.tars]
     places, scans, reused = _scan(recipe, listing, splits, base, keep)
     _check_damage(recipe, listing, scans)
     rejected = [item for scan in scans for item in scan.rejected]
     check_fraction(rejected, sum(scan.samples for scan in scans) + len(rejected), recipe.max_bad_fraction)
 
-    class_names, changes = name_labels(scans, listing.tars, recipe.classes, recipe.source)
+    class_names, numbers = name_labels(scans, listing.tars, recipe.classes, recipe.source)
     shared, shown = shared_keys(listing.tars, places)
     counts = count_anomalies(scans, shared)
     listed = [anomaly for scan in scans for anomaly in scan.anomalies] + shown
-    records = shard_records(listing, base, splits, places, scans, changes)
+    records = Records(shard_records(listing, base, splits, places, scans, numbers))
     ignored = _sum([listing.ignored, *(scan.ignored for scan in scans)])
     with one_writer(base) as check:
         check()
@@ -171,14 +171,16 @@ def adopt_tars(
             base,
             records,
             class_names=class_names,
-            current=current,
+            current=None,
             ignored=ignored,
-            source=listing.base,
+            source=listing.covered,
             recipe={"stage": STAGE, **_deciding(recipe)},
             tables={"anomalies": anomaly_table(listed)},
             multi_label=any(scan.multi_label for scan in scans),
+            is_current=False,
         )
-        corpus = point_to(corpus, records)
+        corpus = keep_withdrawn(point_to(corpus, records), found)
+        make_current(base, corpus.digest, found.current, corpus.account)
     adopted = Adopted(corpus, counts, listed, reused)
     _tell(adopted)
     return adopted
@@ -268,4 +270,4 @@ def _tell(adopted: Adopted) -> None:
 
 
 def _as_text(listed: list[Anomaly]) -> str:
-    return "".join(f"{one.kind}\t{one.shard}\t{one.offset}\t{one.key}\t{one.detail}\n" for one in listed[:1000])
+    return "".join(as_line((one.kind, one.shard, one.offset, one.key, one.detail)) for one in listed[:1000])

@@ -20,12 +20,14 @@ from typing import Any
 from pipelines import store
 from pipelines.processes import is_alive, start_mark
 
-__all__ = ["LEASE_SECONDS", "Held", "Lease", "LeaseLost", "holder", "is_held", "lease"]
+__all__ = ["LEASE_SECONDS", "Held", "Lease", "LeaseLost", "holder", "is_held", "lease", "read_lease"]
 
 log = logging.getLogger(__name__)
 
 LEASE_SECONDS = 45.0  # A holder on another host is given up after this long without a sign of life.
 RENEW_SECONDS = 10.0
+GIVEN_UP: set[str] = set()  # Tokens of this process whose release the store did not take: a full disk.
+FIELDS = frozenset({"token", "attempt", "host", "pid", "expires"})
 
 
 class Held(RuntimeError):
@@ -67,7 +69,7 @@ class Lease:
         for _ in range(20):
             try:
                 info = store.stat(self.uri)
-                record = store.read_json(self.uri)
+                record = read_lease(self.uri)
             except store.NotFound:
                 try:
                     self._etag = store.write_json(
@@ -140,7 +142,7 @@ class Lease:
         """True when a renewal was carried out although its answer was lost."""
         try:
             info = store.stat(self.uri)
-            if store.read_json(self.uri)["token"] != self.token:
+            if read_lease(self.uri)["token"] != self.token:
                 return False
         except store.StoreError:
             return False
@@ -150,7 +152,7 @@ class Lease:
 
     def check(self) -> None:
         """Raise LeaseLost unless the lease object still names this holder. One small GET."""
-        if self._lost is None and store.read_json(self.uri)["token"] != self.token:
+        if self._lost is None and read_lease(self.uri)["token"] != self.token:
             self._lost = "another attempt took the lease"
         if self._lost is not None:
             raise LeaseLost(f"{self.what}: {self._lost}; this attempt stops and writes nothing more")
@@ -163,14 +165,25 @@ class Lease:
                     # Expired, not deleted: the attempt number must go on counting.
                     store.write_json(self.uri, self._record(expires=0.0), if_match=self._etag)
                 except store.StoreError as error:
+                    GIVEN_UP.add(self.token)
                     log.warning("%s: the lease was not released: %s", self.what, error)
         if self._thread is not None:
             self._thread.join(timeout=5)
 
 
+def read_lease(uri: str) -> dict[str, Any]:
+    """What the lease object says. Raises NotFound; StoreError if that is no lease."""
+    record = store.read_json(uri)
+    if not isinstance(record, dict) or not record.keys() >= FIELDS:
+        raise store.StoreError(
+            f"{uri} is no lease; if no other process writes there, delete it and run the same command again"
+        )
+    return record
+
+
 def is_held(record: Mapping[str, Any]) -> bool:
     """Whether the holder may still be at work."""
-    return bool(record["expires"] > time.time() and not _is_dead(record))
+    return bool(record["expires"] > time.time() and record["token"] not in GIVEN_UP and not _is_dead(record))
 
 
 def _is_dead(record: Mapping[str, Any]) -> bool:

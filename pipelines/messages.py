@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 
 from pipelines.config import RecipeError
+from pipelines.progress import visible
 
 __all__ = [
     "FAILED",
@@ -51,7 +52,7 @@ def say_help(groups: Mapping[str, Mapping[str, str]]) -> None:
 
 def say_error(text: str) -> None:
     sys.stdout.flush()
-    sys.stderr.write(f"vit: {text}\n")
+    sys.stderr.write(f"vit: {visible(text)}\n")
     sys.stderr.flush()
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines import identity
-from pipelines.config import Strict, how
+from pipelines.config import Strict, how, in_order
 from pipelines.identity import StageResult
 
 if TYPE_CHECKING:
     from pipelines.corpus.manifest import Corpus
+    from pipelines.corpus.withdrawn import Destination
 
 __all__ = ["STAGE", "VERSION", "MixPart", "MixRecipe", "make_mix", "run"]
 
@@ -33,7 +35,7 @@ class MixPart(Strict):
 class MixRecipe(Strict):
     """Corpora by a name of your choice. Held-out splits have every image once."""
 
-    corpora: dict[str, MixPart]
+    corpora: dict[str, MixPart] = in_order()  # Classes are numbered in the order in which these first name them.
     destination: str  # Name of the new corpus, or a folder or s3:// prefix for it.
     split: str = "train"  # What weights and balance count for.
     balance: float | None = None  # Repeat classes rarer than this share: sqrt(balance / share) times.
@@ -47,8 +49,10 @@ class MixRecipe(Strict):
         weights = [part.weight for part in self.corpora.values()]
         if any(weight is not None for weight in weights):
             for name, part in self.corpora.items():
-                if part.weight is None or part.weight <= 0:
-                    raise ValueError(f"corpora.{name}.weight={part.weight}: all have a weight above 0, or none has one")
+                if part.weight is None or not 0 < part.weight < math.inf:
+                    raise ValueError(
+                        f"corpora.{name}.weight={part.weight}: all have a finite weight above 0, or none has one"
+                    )
         if self.balance is not None and not 0 < self.balance <= 1:
             raise ValueError(f"balance={self.balance} is not above 0 and at most 1")
 
@@ -56,52 +60,84 @@ class MixRecipe(Strict):
 def run(recipe: MixRecipe) -> StageResult:
     """Make the mixture, or return the one that the same recipe and corpora made before."""
     from pipelines.corpus.manifest import open_corpus
+    from pipelines.corpus.whole import lost_manifest
+    from pipelines.corpus.withdrawn import look_at
     from pipelines.subset import track_making
 
     corpora = {name: open_corpus(part.corpus) for name, part in recipe.corpora.items()}
-    inputs = {f"corpora.{name}": corpus.digest for name, corpus in corpora.items()}
-    work = partial(track_making, recipe, lambda check: make_mix(recipe, corpora, before_commit=check))
-    return identity.run_stage(STAGE, VERSION, recipe, inputs, work)
+    found = look_at(recipe.destination)
+    inputs = {f"corpora.{name}": corpus.digest for name, corpus in corpora.items()} | found.inputs
+    work = partial(track_making, recipe, lambda check: make_mix(recipe, corpora, found, before_commit=check))
+    return identity.run_stage(STAGE, _version(recipe, corpora), recipe, inputs, work, missing=lost_manifest)
+
+
+def _version(recipe: MixRecipe, corpora: Mapping[str, Corpus]) -> int:
+    """VERSION, and one more for those recipes alone whose result has changed: all others are found finished."""
+    from pipelines.corpus.selection import is_multiplied
+
+    has_weights = any(part.weight is not None for part in recipe.corpora.values())
+    again = any(is_multiplied(corpus, recipe.split) for corpus in corpora.values())
+    roots = [{one.digest for one in corpus.head.sources} or {corpus.digest} for corpus in corpora.values()]
+    share = len(set().union(*roots)) < sum(map(len, roots))  # Images that several parts hold.
+    return VERSION + (
+        share
+        or recipe.materialise != "never"
+        or (has_weights and recipe.balance is not None)
+        or ((has_weights or recipe.balance is not None) and again)
+    )
 
 
 def make_mix(
-    recipe: MixRecipe, corpora: Mapping[str, Corpus], *, before_commit: Callable[[], None] = lambda: None
+    recipe: MixRecipe,
+    corpora: Mapping[str, Corpus],
+    found: Destination | None = None,
+    *,
+    before_commit: Callable[[], None] = lambda: None,
 ) -> Corpus:
     """The work itself, without identity and tracking."""
     import numpy as np
 
-    from pipelines.corpus.commit import Description, current_etag, make_current, one_writer
+    from pipelines.corpus.commit import Description, make_current, one_writer
     from pipelines.corpus.errors import CorpusError
-    from pipelines.corpus.manifest import corpus_base
+    from pipelines.corpus.overlap import join_overlaps
     from pipelines.corpus.selection import repeat_factors, single_labels, whole_times
     from pipelines.corpus.views import Part, write_view
+    from pipelines.corpus.withdrawn import keep_withdrawn, look_at
     from pipelines.subset import materialise
 
     if len({corpus.head.multi_label for corpus in corpora.values()}) > 1:
         raise CorpusError("some of the corpora have one label an image, others a list of them; they cannot be mixed")
-    base = corpus_base(recipe.destination)
-    current = current_etag(base)
+    found = found or look_at(recipe.destination)
+    base = found.base
     class_names, maps = _label_space(recipe, corpora)
     times = {
         name: {split: _labelled(corpus, split, maps[name]) for split in corpus.splits}
         for name, corpus in corpora.items()
     }
     mixed = [name for name, corpus in corpora.items() if recipe.split in corpus.splits]
-    if any(recipe.corpora[name].weight for name in mixed):
+    factors: dict[str, Any] = {}
+    if any(part.weight for part in recipe.corpora.values()):
+        for name, corpus in corpora.items():
+            if name not in mixed or not times[name][recipe.split].any():
+                raise CorpusError(
+                    f"corpora.{name} has a weight, and {corpus.reference} gives no image of split {recipe.split!r};"
+                    " take it out, or name its classes in `classes`"
+                )
         # No image is left out: the corpus that has most images for its weight comes once, the others more often.
         share = {name: (recipe.corpora[name].weight or 0) / times[name][recipe.split].sum() for name in mixed}
-        for name in mixed:
-            factor = share[name] / min(share.values())
-            times[name][recipe.split] = whole_times(times[name][recipe.split], factor, recipe.seed)
+        factors = {name: share[name] / min(share.values()) for name in mixed}
     if recipe.balance is not None:
         labels = {name: np.asarray(maps[name])[single_labels(corpora[name], recipe.split)] for name in mixed}
-        factors = repeat_factors(
+        repeats = repeat_factors(
             np.concatenate([times[name][recipe.split] for name in mixed]),
             np.concatenate([labels[name] for name in mixed]),
             recipe.balance,
         )
-        for name, own in zip(mixed, np.split(factors, np.cumsum([len(labels[n]) for n in mixed])[:-1]), strict=True):
-            times[name][recipe.split] = whole_times(times[name][recipe.split], own, recipe.seed)
+        for name, own in zip(mixed, np.split(repeats, np.cumsum([len(labels[n]) for n in mixed])[:-1]), strict=True):
+            factors[name] = factors.get(name, 1.0) * own
+    for name, factor in factors.items():  # One draw for the product: two with the same numbers would not multiply.
+        times[name][recipe.split] = whole_times(times[name][recipe.split], factor, recipe.seed)
+    join_overlaps(corpora, maps, times, recipe.split)
     described = Description(
         class_names=class_names,
         multi_label=next(iter(corpora.values())).head.multi_label,
@@ -110,10 +146,10 @@ def make_mix(
     )
     parts = [Part(corpora[name], times[name], maps[name]) for name in corpora]
     with one_writer(base) as check:
-        made = materialise(write_view(base, parts, described, []), recipe)
+        made = keep_withdrawn(materialise(write_view(base, parts, described, None), recipe), found)
         check()
         before_commit()
-        make_current(base, made.digest, current)
+        make_current(base, made.digest, found.current, made.account)
     return made
 
 

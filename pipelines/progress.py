@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
 
-__all__ = ["Progress", "console", "progress", "say"]
+__all__ = ["Progress", "as_line", "console", "progress", "say", "visible"]
 
 PLAIN_EVERY_SECONDS = 5.0
 _console: Console | None = None
@@ -29,9 +29,20 @@ def console() -> Console:
     return _console
 
 
+def as_line(fields: Iterable[object]) -> str:
+    """A line of text with tabs between the fields, whatever is in them."""
+    shown = (str(one).replace("\n", "\\n").replace("\t", "\\t") for one in fields)
+    return visible("\t".join(shown)) + "\n"
+
+
 def say(text: str) -> None:
-    """One line for the user. Text is taken as it is: square brackets are no markup."""
-    console().print(text, markup=False)
+    """One line for the user. Square brackets are no markup."""
+    console().print(visible(text), markup=False)
+
+
+def visible(text: str) -> str:
+    """Without what a terminal obeys or what turns the direction of text: names of files are other people's text."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def _fields(fields: dict[str, Any]) -> str:

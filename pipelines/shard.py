@@ -12,10 +12,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines import identity, store
-from pipelines.config import Strict, how, input_
+from pipelines.config import Strict, how, in_order, input_
 from pipelines.corpus.resize import ResizeConfig
 from pipelines.identity import Attempt, StageResult
-from pipelines.progress import progress, say
+from pipelines.progress import as_line, progress, say
 
 if TYPE_CHECKING:
     from pipelines.corpus.commit import ShardRecord
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pipelines.corpus.manifest import Corpus, Head
     from pipelines.corpus.plan import Listing, Plan
     from pipelines.corpus.sources import Source
+    from pipelines.corpus.withdrawn import Destination
 
 __all__ = ["STAGE", "VERSION", "ShardRecipe", "make_corpus", "run", "write_shards"]
 
@@ -40,7 +41,8 @@ class ShardRecipe(Strict):
     destination: str  # Name of the corpus, or a folder or s3:// prefix for it.
     shard_bytes: int = 100_000_000  # Source bytes of one shard.
     seed: int = 0  # Of the order in which images are laid into shards.
-    splits: dict[str, float] | None = None  # Fractions of train by hash of the path; null: as the source has it.
+    # Fractions of train by hash of the path, in this order; null: as the source has it.
+    splits: dict[str, float] | None = in_order(first=("train", "val", "test"), default=None)
     classes: tuple[str, ...] | None = None  # Class names in order of the label; null: as found, sorted.
     resize: ResizeConfig | None = None  # Make large images smaller; null: all keep their bytes.
     shuffle: bool = False  # Tars: shuffle over all their images, which reads each by itself; else whole tars.
@@ -49,6 +51,7 @@ class ShardRecipe(Strict):
     jpeg: Literal["keep", "tiled"] = "keep"  # tiled: restart markers, so that readers decode less; same pixels.
     max_bad_fraction: float = 0.01  # Fail when more images than this are bad.
     append: bool = False  # Add what is new to the current version of the destination, as its next one.
+    restore: bool = False  # Let images come again that `vit corpus exclude` withdrew from the destination.
     num_workers: int | None = how(default=None)  # Shards made at a time; null: one a CPU of the cluster; 0: no Ray.
 
     def __post_init__(self) -> None:
@@ -58,6 +61,8 @@ class ShardRecipe(Strict):
             raise ValueError(f"max_bad_fraction={self.max_bad_fraction} is not between 0 and 1")
         if self.num_workers is not None and self.num_workers < 0:
             raise ValueError(f"num_workers={self.num_workers} is below 0; leave it out for one per CPU")
+        if self.append and self.restore:
+            raise ValueError("restore has no effect with append, which keeps what is there; leave one of them out")
         if self.splits is not None:
             self._check_splits(self.splits)
         if self.classes is not None:
@@ -81,26 +86,40 @@ class ShardRecipe(Strict):
 
 def run(recipe: ShardRecipe) -> StageResult:
     """Make the corpus, or return the one that the same source and recipe made before."""
-    from pipelines.corpus.manifest import open_corpus
+    from pipelines.corpus.commit import point_to_finished
+    from pipelines.corpus.listing import check_apart
     from pipelines.corpus.sources import open_source
+    from pipelines.corpus.withdrawn import look_at
 
+    found = look_at(recipe.destination)
+    check_apart(recipe.source, found.base)
     source = open_source(recipe.source)
     inputs = {"source": source.digest}
     if recipe.append:
-        inputs["parent"] = open_corpus(f"{recipe.destination}@current").digest
-    work = partial(_work, recipe, source)
-    result = identity.run_stage(STAGE, VERSION, recipe, inputs, work, missing=lost_object)
+        inputs["parent"] = found.parent.digest
+    elif not recipe.restore:
+        inputs |= found.inputs
+    work = partial(_work, recipe, source, found)
+    result = identity.run_stage(STAGE, _version(recipe, source), recipe, inputs, work, missing=lost_object)
     if result.reused:
-        _point_to(result.uri)
+        point_to_finished(result.uri, result.details.get("account", ""), STAGE, found.current)
     return result
 
 
-def _work(recipe: ShardRecipe, source: Source, attempt: Attempt) -> StageResult:
+def _version(recipe: ShardRecipe, source: Source) -> int:
+    """VERSION, and one more for those recipes alone whose result has changed: all others are found finished."""
+    from_corpus = source.kind == "corpus" and (
+        recipe.validate == "decode" or recipe.duplicates == "quarantine" or len(source.rows.head.sources) > 1
+    )
+    return VERSION + (recipe.append or from_corpus or source.has_idle_folders)
+
+
+def _work(recipe: ShardRecipe, source: Source, found: Destination, attempt: Attempt) -> StageResult:
     from pipelines.tracking.run import track
 
     with track(attempt, recipe, tags={"vit.source_kind": source.kind}) as run:
         started = time.monotonic()
-        corpus = make_corpus(recipe, source, before_build=partial(_forget, attempt), before_commit=attempt.check)
+        corpus = make_corpus(recipe, source, found, before_build=partial(_forget, attempt), before_commit=attempt.check)
         metrics = _metrics(corpus, time.monotonic() - started)
         run.set_tags({"vit.corpus": corpus.reference})
         run.log_metrics(metrics, step=0)
@@ -113,36 +132,49 @@ def _work(recipe: ShardRecipe, source: Source, attempt: Attempt) -> StageResult:
 def make_corpus(
     recipe: ShardRecipe,
     source: Source | None = None,
+    found: Destination | None = None,
     *,
     keep: bool = True,
     before_build: Callable[[Plan], None] = lambda plan: None,
     before_commit: Callable[[], None] = lambda: None,
 ) -> Corpus:
-    """The work itself, without identity and tracking. `keep` takes over shards that an earlier attempt finished."""
-    from pipelines.corpus.commit import current_etag, make_current, one_writer
-    from pipelines.corpus.grow import join_versions
-    from pipelines.corpus.manifest import corpus_base, open_corpus
+    """The work itself, without identity and tracking. `keep` takes over shards that an earlier attempt finished.
+
+    `found` is the destination as it was when the identity of the run was worked out.
+    """
+    from pipelines.corpus.commit import make_current, one_writer
+    from pipelines.corpus.grow import NothingNew, join_versions
+    from pipelines.corpus.listing import check_apart
     from pipelines.corpus.sources import open_source
     from pipelines.corpus.tiled import check_tiling
+    from pipelines.corpus.withdrawn import keep_withdrawn, look_at
 
     if recipe.jpeg == "tiled":
         check_tiling()
+    found = found or look_at(recipe.destination)
+    check_apart(recipe.source, found.base)
     source = source or open_source(recipe.source)
-    base = corpus_base(recipe.destination)
-    current = current_etag(base)
-    parent = open_corpus(f"{base}@current") if recipe.append else None
+    base = found.base
+    parent = found.parent if recipe.append else None
     planned = _plan(recipe, source, base, parent)
     if planned is None:
         assert parent is not None
         say(f"shard: {recipe.source} has no usable image that {parent.reference} has not")
         return parent
     with one_writer(base) as check:
-        corpus = write_shards(recipe, *planned, keep=keep, before_build=before_build)
+        try:
+            corpus = write_shards(recipe, *planned, keep=keep, before_build=before_build, parent=parent)
+        except NothingNew as error:
+            assert parent is not None
+            say(f"shard: {error}")
+            return parent
         if parent is not None:
-            corpus = join_versions(parent, corpus)
+            corpus = join_versions(parent, corpus, recipe.duplicates)
+        elif not recipe.restore:
+            corpus = keep_withdrawn(corpus, found)
         check()
         before_commit()
-        make_current(base, corpus.digest, current)
+        make_current(base, corpus.digest, found.current, corpus.account)
     return corpus
 
 
@@ -153,9 +185,16 @@ def write_shards(
     *,
     keep: bool = True,
     before_build: Callable[[Plan], None] = lambda plan: None,
+    parent: Corpus | None = None,
+    view: Corpus | None = None,
 ) -> Corpus:
-    """The shards of a plan and their manifest, not made current; without one that of the recipe."""
+    """The shards of a plan and their manifest, not made current; without one that of the recipe.
+
+    Images that were bad in the `parent` already and still are do not count for `max_bad_fraction`. `view` is the
+    version whose samples are written into shards of their own: the new one is described as that was.
+    """
     from pipelines.corpus.commit import Records, commit
+    from pipelines.corpus.grow import NothingNew, bad_before
     from pipelines.corpus.manifest import corpus_base
     from pipelines.corpus.plan import freeze
     from pipelines.corpus.quarantine import check_fraction
@@ -168,7 +207,9 @@ def write_shards(
         plan, listing = planned
     assert listing is not None
     total = plan.samples + len(plan.rejected)
-    check_fraction(plan.rejected, total, recipe.max_bad_fraction)
+    known = bad_before(parent)
+    counted = [item for item in plan.rejected if item.source not in known]
+    check_fraction(counted, total, recipe.max_bad_fraction)
     freeze(plan, listing)
     del listing
     before_build(plan)
@@ -182,11 +223,14 @@ def write_shards(
             records.add(record)
             shards += 1
             rejected += record.rejected
+            counted += [item for item in record.rejected if item.source not in known]
             kept += reused
             done += plan.shards[record.number].rows
             rate = done / (time.monotonic() - started)
             bar.update(done, images_per_second=rate, shards=shards, rejected=len(rejected))
-            check_fraction(rejected, total, recipe.max_bad_fraction)
+            check_fraction(counted, total - len(rejected) + len(counted), recipe.max_bad_fraction)
+    if parent is not None and len(rejected) == total and not counted:
+        raise NothingNew(f"{recipe.source} has no usable image that {parent.reference} has not")
     if kept:
         say(f"shard: {kept} of {shards} shards were finished before and are kept")
     corpus = commit(
@@ -196,8 +240,8 @@ def write_shards(
         current=None,
         rejected=plan.rejected,
         ignored=plan.ignored,
-        source=recipe.source,
-        recipe={name: value for name, value in identity.deciding_fields(recipe).items() if name != "destination"},
+        source=view.head.source if view else recipe.source,
+        recipe=view.head.recipe | {"materialised": view.digest} if view else _deciding(recipe),
         multi_label=plan.multi_label,
         duplicates=recipe.duplicates,
         is_current=False,
@@ -206,10 +250,14 @@ def write_shards(
     return corpus
 
 
+def _deciding(recipe: ShardRecipe) -> dict[str, Any]:
+    return {name: value for name, value in identity.deciding_fields(recipe).items() if name != "destination"}
+
+
 def _entries(recipe: ShardRecipe, source: Source, parent: Corpus | None) -> tuple[Entries, tuple[str, ...] | None]:
     """What the source holds, or of it what the parent has not; and the class names."""
     from pipelines.corpus.errors import CorpusError
-    from pipelines.corpus.grow import only_new
+    from pipelines.corpus.grow import name_numbers, only_new
 
     if recipe.shuffle and source.kind != "tars":
         raise CorpusError(
@@ -222,6 +270,8 @@ def _entries(recipe: ShardRecipe, source: Source, parent: Corpus | None) -> tupl
     old = parent.class_names
     if entries.class_names is not None and entries.class_names[: len(old)] != old:
         raise CorpusError(f"{recipe.source} names its classes otherwise than {parent.reference}; names must agree")
+    if entries.class_names is None:
+        name_numbers(entries, parent, recipe.classes or ())
     found = (
         recipe.classes or entries.class_names or tuple(sorted(name for name in entries.labels if isinstance(name, str)))
     )
@@ -233,10 +283,15 @@ def _plan(recipe: ShardRecipe, source: Source, base: str, parent: Corpus | None)
     """The plan and its listing; None if the parent has everything."""
     from dataclasses import asdict
 
+    from pipelines.corpus.grow import bad_before
     from pipelines.corpus.plan import make_plan
+    from pipelines.corpus.quarantine import check_fraction
 
     entries, classes = _entries(recipe, source, parent)
     if not len(entries):
+        known = bad_before(parent)
+        new = [item for item in entries.rejected if item.source not in known]
+        check_fraction(new, len(new), recipe.max_bad_fraction)
         return None
     return make_plan(
         base,
@@ -266,40 +321,22 @@ def _forget(attempt: Attempt, plan: Plan) -> None:
 
 
 def lost_object(result: StageResult) -> str | None:
-    """Looks for the manifest's head and for some of the tars, however many there are."""
+    """Looks at the manifest and for some of the tars, however many there are."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from pipelines.corpus.manifest import ManifestError, open_corpus
+    from pipelines.corpus.manifest import open_corpus
+    from pipelines.corpus.whole import lost_manifest
 
-    try:
-        corpus = open_corpus(result.uri)
-        shards = corpus.shards
-    except (ManifestError, store.NotFound):
-        return f"the corpus {result.uri} is gone"
+    if problem := lost_manifest(result):
+        return problem
+    corpus = open_corpus(result.uri)
+    shards = corpus.shards
     chosen = range(0, len(shards), -(-len(shards) // MOST_LOOKED_AT))
     with ThreadPoolExecutor(8) as pool:
         for shard, stands in zip(chosen, pool.map(lambda n: store.exists(corpus.shard_uri(n)), chosen), strict=True):
             if not stands:
                 return f"{corpus.shard_uri(shard)} of the corpus is gone"
     return None
-
-
-def _point_to(reference: str) -> None:
-    """NAME@current is what the last command asked for, also where that was finished long ago."""
-    from pipelines.corpus.commit import current_etag
-    from pipelines.corpus.errors import CorpusError
-
-    base, _, digest = reference.rpartition("@")
-    uri = store.join(base, "current.json")
-    etag = current_etag(base)
-    former = store.read_json(uri)["digest"] if etag is not None else None
-    if former == digest:
-        return
-    try:
-        store.write_json(uri, {"digest": digest}, if_match=etag, if_absent=etag is None)
-    except store.Conflict:
-        raise CorpusError(f"{uri} was moved by another writer just now; run the same command again") from None
-    say(f"shard: current is {digest[:12]} again" + (f", it was {former[:12]}" if former else ""))
 
 
 def _build(plan: Plan, num_workers: int | None, keep: bool) -> Iterator[tuple[ShardRecord, bool]]:
@@ -357,10 +394,11 @@ def _details(corpus: Corpus) -> dict[str, Any]:
         "kept": head.noted,
         "ignored": head.ignored,
         "duplicates": head.duplicates,
+        **({"account": corpus.account} if corpus.account else {}),
     }
 
 
 def _first_rejected(corpus: Corpus) -> str:
     """The first thousand images of the quarantine, a line each, for the MLflow run."""
     rows = corpus.quarantine().slice(0, 1000).to_pylist()
-    return "".join(f"{row['source']}\t{row['reason']}\t{row['detail']}\n" for row in rows)
+    return "".join(as_line((row["source"], row["reason"], row["detail"])) for row in rows)

@@ -51,7 +51,10 @@ def run(recipe: ShowRecipe) -> StageResult:
     corpus = open_reference(recipe.corpus)
     # Two places may hold one version: the report names the place.
     inputs = {"corpus": corpus.digest, "place": corpus.uri}
-    result = identity.run_stage(STAGE, VERSION, recipe, inputs, partial(_work, recipe, corpus))
+    if corpus.account:
+        inputs["account"] = corpus.account
+    version = VERSION + (corpus.layout.times is not None)  # Raised for corpora of which not every image comes once.
+    result = identity.run_stage(STAGE, version, recipe, inputs, partial(_work, recipe, corpus))
     if recipe.output is not None:
         path = Path(recipe.output).expanduser().absolute()
         store.write(str(path), store.read(result.uri))

@@ -14,6 +14,7 @@ from pipelines.progress import say
 
 if TYPE_CHECKING:
     from pipelines.corpus.manifest import Corpus
+    from pipelines.corpus.withdrawn import Destination
     from pipelines.mix import MixRecipe
 
 __all__ = ["STAGE", "VERSION", "SubsetRecipe", "make_subset", "materialise", "run", "track_making"]
@@ -30,8 +31,10 @@ class SubsetRecipe(Strict):
     corpus: str = input_()  # CORPUS@VERSION
     destination: str  # Name of the new corpus, or a folder or s3:// prefix for it.
     split: str = "train"
-    fraction: float | None = None  # Of the samples, by chance; smaller ones lie in larger ones of the same seed.
-    per_class: int | None = None  # The first so many of each class, in manifest order.
+    fraction: float | None = (
+        None  # Of the images, by chance, as often as they come; smaller ones lie in larger ones of the same seed.
+    )
+    per_class: int | None = None  # The first so many of each class, in manifest order, each once.
     balance: float | None = None  # Repeat classes rarer than this share: sqrt(balance / share) times.
     seed: int = 0
     materialise: Literal["auto", "always", "never"] = "auto"  # New shards; auto: if under 30 % of what is read is used.
@@ -53,16 +56,29 @@ class SubsetRecipe(Strict):
 def run(recipe: SubsetRecipe) -> StageResult:
     """Make the subset, or return the one that the same recipe and corpus made before."""
     from pipelines.corpus.manifest import open_corpus
+    from pipelines.corpus.selection import is_multiplied
+    from pipelines.corpus.whole import lost_manifest
+    from pipelines.corpus.withdrawn import look_at
 
     corpus = open_corpus(recipe.corpus)
-    work = partial(track_making, recipe, lambda check: make_subset(recipe, corpus, before_commit=check))
-    return identity.run_stage(STAGE, VERSION, recipe, {"corpus": corpus.digest}, work)
+    found = look_at(recipe.destination)
+    work = partial(track_making, recipe, lambda check: make_subset(recipe, corpus, found, before_commit=check))
+    inputs = {"corpus": corpus.digest, **found.inputs}
+    # Those whose result has changed since VERSION was raised: all others are found finished.
+    again = recipe.balance is not None and is_multiplied(corpus, recipe.split)
+    version = VERSION + (again or recipe.per_class is not None or len(corpus.head.sources) > 1)
+    return identity.run_stage(STAGE, version, recipe, inputs, work, missing=lost_manifest)
 
 
-def make_subset(recipe: SubsetRecipe, corpus: Corpus, *, before_commit: Callable[[], None] = lambda: None) -> Corpus:
+def make_subset(
+    recipe: SubsetRecipe,
+    corpus: Corpus,
+    found: Destination | None = None,
+    *,
+    before_commit: Callable[[], None] = lambda: None,
+) -> Corpus:
     """The work itself, without identity and tracking."""
-    from pipelines.corpus.commit import Description, current_etag, make_current, one_writer
-    from pipelines.corpus.manifest import corpus_base
+    from pipelines.corpus.commit import Description, make_current, one_writer
     from pipelines.corpus.selection import (
         first_per_class,
         present,
@@ -72,14 +88,16 @@ def make_subset(recipe: SubsetRecipe, corpus: Corpus, *, before_commit: Callable
         whole_times,
     )
     from pipelines.corpus.views import Part, write_view
+    from pipelines.corpus.withdrawn import keep_withdrawn, look_at
 
     corpus.pages(recipe.split)  # Says which splits there are.
-    base = corpus_base(recipe.destination)
-    current = current_etag(base)
+    found = found or look_at(recipe.destination)
+    base = found.base
     times = present(corpus, recipe.split)
     if recipe.fraction is not None:
         times = random_fraction(times, recipe.fraction, recipe.seed)
     if recipe.per_class is not None:
+        times = (times > 0).astype(times.dtype)  # So many of each class, however often they come in the corpus.
         times = first_per_class(times, single_labels(corpus, recipe.split), recipe.per_class)
     if recipe.balance is not None:
         factors = repeat_factors(times, single_labels(corpus, recipe.split), recipe.balance)
@@ -92,10 +110,10 @@ def make_subset(recipe: SubsetRecipe, corpus: Corpus, *, before_commit: Callable
     )
     parts = [Part(corpus, {split: times if split == recipe.split else None for split in corpus.splits})]
     with one_writer(base) as check:
-        made = materialise(write_view(base, parts, described, []), recipe)
+        made = keep_withdrawn(materialise(write_view(base, parts, described, None), recipe), found)
         check()
         before_commit()
-        make_current(base, made.digest, current)
+        make_current(base, made.digest, found.current, made.account)
     return made
 
 
@@ -114,7 +132,8 @@ def materialise(corpus: Corpus, recipe: SubsetRecipe | MixRecipe) -> Corpus:
             seed=recipe.seed,
             validate="header",
             num_workers=recipe.num_workers,
-        )
+        ),
+        view=corpus,
     )
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from pipelines import store
 from pipelines.config import Strict, how, parse
-from pipelines.progress import console, progress, say
+from pipelines.progress import console, progress, say, visible
 
 if TYPE_CHECKING:
     from pipelines.corpus.manifest import Corpus
@@ -40,6 +42,7 @@ class Verdict:
     samples: int  # Met whole.
     bytes: int  # Read.
     planned: int  # Tars of unfinished runs.
+    needless: int  # Tars of finished runs that no version lists.
     written_again: int  # Tars of the right bytes and another ETag than when they were written.
 
 
@@ -55,10 +58,12 @@ def main(arguments: Sequence[str], prepare: Callable[[], None] = lambda: None) -
 
 
 def open_reference(reference: str) -> Corpus:
-    """As `open_corpus`; without a version the current one."""
+    """As `open_corpus`; without a version the current one. A folder may have an "@" in its name."""
     from pipelines.corpus.manifest import open_corpus
 
     name, at, version = reference.rpartition("@")
+    if "/" in reference and not store.is_s3(reference) and Path(reference).expanduser().is_dir():
+        at = ""
     return open_corpus(reference if at and name and "/" not in version else f"{reference.rstrip('/')}@current")
 
 
@@ -71,17 +76,18 @@ def verify(recipe: VerifyRecipe) -> Verdict:
     corpus = open_reference(recipe.corpus)
     try:
         findings = list(check_manifest(corpus))
-        strays, planned = stray_tars(corpus)
+        strays, planned, needless = stray_tars(corpus)
         shards = corpus.shards
     except (ManifestError, store.StoreError) as error:
-        return Verdict([Finding("manifest", corpus.manifest, str(error))], {"manifest": 1}, 0, 0, 0, 0, 0)
+        return Verdict([Finding("manifest", corpus.manifest, str(error))], {"manifest": 1}, 0, 0, 0, 0, 0, 0)
     findings += strays
     counts = Counter(finding.kind for finding in findings)
     owners = {shard.sha256: shard.name for shard in shards}
     samples = size = done = written_again = 0
     items = [{"shard": number} for number in range(len(shards))]
     with progress("verify", len(shards), "tars") as bar:
-        results = map_items(check_shard, items, corpus.reference, recipe.deep, num_workers=recipe.num_workers)
+        run = uuid.uuid4().hex
+        results = map_items(check_shard, items, corpus.reference, recipe.deep, run, num_workers=recipe.num_workers)
         for number, result in results:
             name = shards[number].name
             for kind, detail in result["findings"]:
@@ -94,7 +100,7 @@ def verify(recipe: VerifyRecipe) -> Verdict:
             bar.update(done, samples=samples, problems=sum(counts.values()))
     order = {shard.name: number for number, shard in enumerate(shards)}
     findings.sort(key=lambda finding: order.get(finding.where, -1))
-    return Verdict(findings, dict(counts), len(shards), samples, size, planned, written_again)
+    return Verdict(findings, dict(counts), len(shards), samples, size, planned, needless, written_again)
 
 
 def _tell(recipe: VerifyRecipe, verdict: Verdict, seconds: float) -> None:
@@ -107,7 +113,7 @@ def _tell(recipe: VerifyRecipe, verdict: Verdict, seconds: float) -> None:
         table = Table("what", "where", "detail", box=None, pad_edge=False)
         for finding in verdict.findings[:LINES]:
             # Names in tars are other people's text: no markup in it.
-            table.add_row(*(Text(part) for part in (finding.kind, finding.where, finding.detail)))
+            table.add_row(*(Text(visible(part)) for part in (finding.kind, finding.where, finding.detail)))
         console().print(table)
         if (more := sum(verdict.counts.values()) - min(len(verdict.findings), LINES)) > 0:
             say(f"and {more:,} more")
@@ -115,6 +121,11 @@ def _tell(recipe: VerifyRecipe, verdict: Verdict, seconds: float) -> None:
             say(f"verify: {count:,} {kind}: {PROBLEMS[kind]}")
     if verdict.planned:
         say(f"verify: {verdict.planned:,} tars belong to runs that are not finished; the same `vit shard` ends them")
+    if verdict.needless:
+        say(
+            f"verify: {verdict.needless:,} tars are of runs whose result was a version that stood already; no version"
+            " lists them, they can be deleted"
+        )
     if verdict.written_again:
         say(f"verify: {verdict.written_again:,} tars have another ETag and the same bytes: moved, or written again")
     how_far = "every image decoded" if recipe.deep else "image headers walked (--deep decodes every image)"

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from pipelines.corpus.anomalies import Anomalies
 from pipelines.corpus.checks import check_image, is_named_as
 from pipelines.corpus.images import MAX_FILE_BYTES, ImageFacts, ImageRejected
-from pipelines.corpus.labels import LABEL_BYTES, parse_cls, parse_json, parse_labels
-from pipelines.corpus.members import Member, TarStream
+from pipelines.corpus.labels import LABEL_BYTES, Label, parse_cls, parse_json, read_any_label
+from pipelines.corpus.members import IMAGE_EXTENSIONS, Member, TarStream
 from pipelines.corpus.pages import close_pages
 from pipelines.corpus.quarantine import Rejected
 from pipelines.corpus.scanned import ScannedTar
@@ -26,11 +26,8 @@ from pipelines.corpus.tar import ROW_FIELDS, row_schema
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["IMAGE_EXTENSIONS", "scan_tar"]
+__all__ = ["scan_tar"]
 
-Label = int | str | tuple[int | str, ...]
-
-IMAGE_EXTENSIONS = ("jpg", "png", "webp", "jpeg")  # In the order in which the reader takes one.
 OTHER_IMAGES = ("gif", "bmp", "tif", "tiff", "ppm", "pgm", "avif", "heic", "jp2", "jxl")
 MAX_SAMPLE_BYTES = 256 << 20  # Members of one sample together: a page is fetched whole.
 LOOSE_BYTES = 64 << 10  # Members of no sample that a page may carry along before it is closed.
@@ -74,11 +71,10 @@ class _Sample:
     loose: int = 0
 
     def label(self) -> Label | None:
-        label: Label | None = parse_cls(self.cls) if self.cls is not None else None
-        if label is None and self.described is not None:
-            label = parse_json(self.described)
-            label = parse_labels(self.described) if label is None else label
-        return label
+        label = read_any_label(self.cls, self.described)
+        numbers = label if isinstance(label, tuple) else (label,)
+        # The table has 32 bits for it; `name_labels` says what is too large of the others.
+        return None if any(isinstance(one, int) and one >= 1 << 31 for one in numbers) else label
 
 
 class _Scan:
@@ -323,7 +319,7 @@ class _Scan:
             page_offset=[page[0] for page in pages],
             page_length=[page[1] for page in pages],
             page_rows=[page[2] for page in pages],
-            numbers=sorted(self._numbers),
+            numbers=[min(self._numbers), max(self._numbers)] if self._numbers else [],
             names=list(self._names),
             multi_label=self._multi_label,
             rejected=self._rejected,

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,11 @@ import numpy as np
 from pipelines import store
 from pipelines.corpus.adopt import scan_tar
 from pipelines.corpus.anomalies import ANOMALIES, Anomaly
-from pipelines.corpus.commit import ShardRecord, order_splits, write_table
+from pipelines.corpus.commit import Records, ShardRecord, order_splits, write_table
 from pipelines.corpus.errors import SourceError
-from pipelines.corpus.fetch import read_source
-from pipelines.corpus.images import ImageRejected
+from pipelines.corpus.fetch import read_listed
 from pipelines.corpus.labels import MAX_CLASSES
-from pipelines.corpus.listing import PACKED, SourceFile, list_files, listing_digest, packed_hint
+from pipelines.corpus.listing import PACKED, SourceFile, check_names, list_files, listing_digest, packed_hint
 from pipelines.corpus.manifest import Corpus, manifest_uri, open_corpus, read_table
 from pipelines.corpus.scanned import ScannedTar
 from pipelines.corpus.sources import SPLIT_NAMES, split_from_name
@@ -44,7 +44,7 @@ __all__ = [
     "split_of",
 ]
 
-SCAN_VERSION = 2  # Raised when the same tar would give another record.
+SCAN_VERSION = 3  # Raised when the same tar would give another record.
 OURS = (
     "manifests/",
     "scans/",
@@ -68,6 +68,12 @@ class TarListing:
     def digest(self) -> str:
         return listing_digest("index", self.tars)
 
+    @property
+    def covered(self) -> str:
+        """The folder or prefix of which every tar is listed; of a single tar that was named, its own URI."""
+        named = self.source if store.is_s3(self.source) else str(Path(self.source).expanduser().absolute())
+        return named if named == self.tars[0].uri else self.base
+
 
 def list_tars(source: str) -> TarListing:
     """Every .tar below a folder or prefix, or one tar. Raises SourceError."""
@@ -82,11 +88,7 @@ def list_tars(source: str) -> TarListing:
             else f"; it holds {len(files):,} other files such as {files[0].path}; `vit shard` takes class folders"
         )
         raise SourceError(f"source {source} holds no .tar{hint}")
-    for tar in tars:
-        try:
-            tar.path.encode()
-        except UnicodeEncodeError:
-            raise SourceError(f"source {source}: the tar name {tar.path!r} is not UTF-8; rename it") from None
+    check_names(tars)
     kinds = {"compressed_tar": len(packed), "other": len(others) - len(packed)}
     base = tars[0].uri.removesuffix(tars[0].path).rstrip("/") or "/"
     return TarListing(source, base, tars, ignored | {kind: count for kind, count in kinds.items() if count})
@@ -129,10 +131,7 @@ def scan_id(item: Mapping[str, Any]) -> str:
 
 
 def _read(uri: str, etag: str, start: int, length: int) -> bytes:
-    try:
-        data = read_source(uri, etag, start, length)
-    except ImageRejected as error:
-        raise SourceError(f"cannot read {uri}: {error.detail}") from None
+    data = read_listed(uri, etag, start, length)
     if len(data) != length:
         raise SourceError(f"{uri} became shorter while it was read; run the same command again to list anew")
     return data
@@ -147,9 +146,9 @@ def _key_hashes(keys: Iterable[str]) -> np.ndarray[Any, np.dtype[np.uint64]]:
 
 def name_labels(
     scans: Sequence[ScannedTar], tars: Sequence[SourceFile], classes: Sequence[str] | None, source: str
-) -> tuple[tuple[str, ...], list[dict[int, int]]]:
-    """Class names in order of the label, and for each tar how its labels become class numbers (empty: they are)."""
-    numbers = [number for scan in scans for number in (scan.numbers[:1] + scan.numbers[-1:])]
+) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Class names in order of the label; and where labels are names, the class number of each."""
+    numbers = [number for scan in scans for number in scan.numbers]
     names = sorted({name for scan in scans for name in scan.names})
     if numbers and names:
         number = next(tar.path for tar, scan in zip(tars, scans, strict=True) if scan.numbers)
@@ -163,10 +162,7 @@ def name_labels(
         place = {name: number for number, name in enumerate(class_names)}
         if unknown := [name for name in names if name not in place]:
             raise SourceError(f"source {source} has class {unknown[0]!r}, which is not in `classes`; add it there")
-        changes = [{own: place[name] for own, name in enumerate(scan.names)} for scan in scans]
-        return _at_least_two(class_names, source), [
-            {} if all(own == new for own, new in change.items()) else change for change in changes
-        ]
+        return _at_least_two(class_names, source), place
     high = max(numbers, default=-1)
     if high >= MAX_CLASSES:
         tar = next(tar.path for tar, scan in zip(tars, scans, strict=True) if high in scan.numbers)
@@ -176,7 +172,7 @@ def name_labels(
     class_names = tuple(classes) if classes is not None else tuple(str(number) for number in range(high + 1))
     if high >= len(class_names):
         raise SourceError(f"source {source} has label {high}, `classes` names {len(class_names)}; name every class")
-    return _at_least_two(class_names, source), [{} for _ in scans]
+    return _at_least_two(class_names, source), {}
 
 
 def _at_least_two(names: tuple[str, ...], source: str) -> tuple[str, ...]:
@@ -191,8 +187,8 @@ def shard_records(
     splits: Sequence[str],
     places: Sequence[str],
     scans: Sequence[ScannedTar],
-    changes: Sequence[Mapping[int, int]],
-) -> list[ShardRecord]:
+    class_numbers: Mapping[str, int],
+) -> Iterator[ShardRecord]:
     """What `commit` takes, in the order of the manifest: by split, then by path."""
     names = order_splits(splits)
     lists = any(scan.multi_label for scan in scans)
@@ -200,7 +196,10 @@ def shard_records(
 
     def record(number: int) -> ShardRecord:
         tar, scan = listing.tars[order[number]], scans[order[number]]
-        place, change = places[order[number]], changes[order[number]]
+        place = places[order[number]]
+        change = {own: class_numbers[name] for own, name in enumerate(scan.names)}
+        if all(own == new for own, new in change.items()):
+            change = {}
         return ShardRecord(
             number=number,
             split=splits[order[number]],
@@ -209,9 +208,9 @@ def shard_records(
             samples=scan.samples,
             sha256=scan.sha256,
             etag=tar.etag,
-            page_offset=scan.page_offset,
-            page_length=scan.page_length,
-            page_rows=scan.page_rows,
+            page_offset=list(scan.page_offset),
+            page_length=list(scan.page_length),
+            page_rows=list(scan.page_rows),
             rows=_below(_relabelled(place, change, lists and not scan.multi_label), base),
             rejected=scan.rejected,
             noted=scan.noted,
@@ -219,7 +218,8 @@ def shard_records(
         )
 
     with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(record, range(len(order))))
+        for first in range(0, len(order), 64 * THREADS):  # So many lie unpacked in memory.
+            yield from pool.map(record, range(first, min(first + 64 * THREADS, len(order))))
 
 
 def _below(uri: str, base: str) -> str:
@@ -249,11 +249,12 @@ def _relabelled(place: str, change: Mapping[int, int], as_lists: bool) -> str:
     return uri
 
 
-def point_to(corpus: Corpus, records: Sequence[ShardRecord]) -> Corpus:
+def point_to(corpus: Corpus, records: Records) -> Corpus:
     """The same tars may have been indexed before in another place: the version is the same, its URIs are not."""
     uris: dict[str, list[str | None]] = {}
-    for record in records:
-        uris.setdefault(record.sha256, []).append(record.uri)  # Two tars of the same bytes come in one order.
+    _, shards = records.ordered()
+    for sha256, uri in zip(shards["sha256"].to_pylist(), shards["uri"].to_pylist(), strict=True):
+        uris.setdefault(sha256, []).append(uri)  # Two tars of the same bytes come in one order.
     wanted = [uris[sha256].pop(0) for sha256 in corpus.table["sha256"].to_pylist()]
     columns = corpus.table.column_names
     if "uri" in columns and corpus.table["uri"].to_pylist() == wanted:
@@ -265,7 +266,7 @@ def point_to(corpus: Corpus, records: Sequence[ShardRecord]) -> Corpus:
         store.join(manifest_uri(corpus.uri, corpus.digest), "shards.parquet"),
         table.append_column("uri", pa.array(wanted, pa.string())),
     )
-    return open_corpus(corpus.reference)
+    return open_corpus(corpus.reference, corpus.account)
 
 
 def shared_keys(tars: Sequence[SourceFile], places: Sequence[str]) -> tuple[int, list[Anomaly]]:

@@ -30,7 +30,8 @@ __all__ = ["Made", "begin_shard", "finished_numbers", "finished_record", "make_s
 log = logging.getLogger(__name__)
 IN_MEMORY = 512 << 20  # Source bytes of a shard; a larger one is put together on disk.
 SPARE_BYTES = 64 << 20  # Disk that a node keeps free meanwhile.
-OURS = frozenset({"idx", "corpus"})  # Made into PNG by us a moment ago, or checked when that corpus was made.
+OURS = frozenset({"idx"})  # Made into PNG by us a moment ago.
+NAMED = frozenset({"idx", "corpus"})  # The path says nothing of the format, or did so when that corpus was made.
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +159,7 @@ def _write(plan: Plan, number: int, file: BinaryIO) -> tuple[ShardContent, list[
             rejected.append(Rejected(key, row.path, split, _first_label(row), reason.reason, reason.detail))
             continue
         noted.update(facts.notes)
-        if plan.kind not in OURS and "resized" not in facts.notes and not is_named_as(row.path, facts.extension):
+        if plan.kind not in NAMED and "resized" not in facts.notes and not is_named_as(row.path, facts.extension):
             noted["renamed"] += 1
         writer.add(
             path=row.path,

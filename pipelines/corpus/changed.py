@@ -95,9 +95,9 @@ def _content(parent: Corpus, wanted: set[str]) -> dict[str, Any]:
     if any(recipe.get("resize") or recipe.get("jpeg", "keep") != "keep" for recipe in recipes):
         return found
     for split in parent.splits:
-        for table in tar_rows(parent, split, ["key", "content"]):
-            for key, content in zip(table["key"].to_pylist(), table["content"].to_pylist(), strict=True):
-                if key in found:
+        for table in tar_rows(parent, split, ["source", "content"]):
+            for path, content in zip(table["source"].to_pylist(), table["content"].to_pylist(), strict=True):
+                if (key := sample_key(path)) in found:
                     found[key] = content
     return found
 

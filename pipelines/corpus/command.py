@@ -12,16 +12,16 @@ from pipelines.progress import say
 
 __all__ = ["main"]
 
-USAGE = "vit corpus exclude CORPUS LIST | versions CORPUS"
+USAGE = "vit corpus exclude CORPUS LIST [--copies] | versions CORPUS"
 
 
 def main(arguments: Sequence[str], prepare: Callable[[], None]) -> int:
     """`prepare` brings up what the object store needs. Returns the exit code."""
     match list(arguments):
-        case ["exclude", name, path]:
+        case ["exclude", name, path, *more] if more in ([], ["--copies"]):
             listed = _lines(path)
             prepare()
-            _exclude(name, listed, path)
+            _exclude(name, listed, path, bool(more))
         case ["versions", name]:
             prepare()
             _versions(name)
@@ -31,22 +31,24 @@ def main(arguments: Sequence[str], prepare: Callable[[], None]) -> int:
 
 
 def _lines(path: str) -> list[str]:
-    if store.is_s3(path):
-        return store.read(path).decode().splitlines()
+    hint = "LIST is a file with a key or a path a line"
     try:
-        return Path(path).read_text().splitlines()
+        data = store.read(path) if store.is_s3(path) else Path(path).read_bytes()
+        return data.decode("utf-8-sig").splitlines()
     except OSError as error:
-        raise CorpusError(f"cannot read {path}: {error.strerror}; LIST is a file with a key or a path a line") from None
+        raise CorpusError(f"cannot read {path}: {error.strerror}; {hint}") from None
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{path} is not UTF-8 (byte {error.start:,}); {hint}") from None
 
 
-def _exclude(name: str, listed: list[str], path: str) -> None:
+def _exclude(name: str, listed: list[str], path: str, copies: bool) -> None:
     from pipelines.corpus.commit import one_writer
     from pipelines.corpus.grow import exclude
-    from pipelines.corpus.manifest import corpus_base
+    from pipelines.corpus.manifest import open_corpus
 
-    base = corpus_base(name.removesuffix("@current"))
-    with one_writer(base):
-        made = exclude(f"{base}@current", listed, path)
+    corpus = open_corpus(f"{name.removesuffix('@current')}@current")  # A mistyped name leaves nothing behind.
+    with one_writer(corpus.uri):
+        made = exclude(f"{corpus.uri}@current", listed, path, copies=copies)
     counts = ", ".join(f"{split} {count:,}" for split, count in made.splits.items())
     say(f"{made.uri}@{made.digest[:12]}: {made.head.rejected.get('withdrawn', 0):,} images withdrawn; {counts}")
 

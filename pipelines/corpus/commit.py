@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,13 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines import identity, store
-from pipelines.corpus.errors import CorpusError, QuarantineError
+from pipelines.corpus.accounts import write_account
+from pipelines.corpus.errors import CorpusError, ManifestError, QuarantineError
 from pipelines.corpus.head import Head, SourceVersion
 from pipelines.corpus.layout import digest_shards
 from pipelines.corpus.manifest import Corpus, manifest_uri
 from pipelines.corpus.parts import RowParts, write_table
 from pipelines.corpus.quarantine import Rejected, bad_fraction, count_reasons, quarantine_table
 from pipelines.corpus.records import Records, ShardRecord, order_splits, shard_pieces
+from pipelines.corpus.whole import lost_piece
+from pipelines.progress import say
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -31,10 +35,13 @@ __all__ = [
     "make_current",
     "one_writer",
     "order_splits",
+    "point_to_finished",
     "write_manifest",
     "write_table",
 ]
 
+log = logging.getLogger(__name__)
+WRITTEN = ("shards", "plans", "manifests")  # Below the base; beside adopted tars other folders are not ours.
 PAGE_COLUMNS = ("page_offset", "page_length", "page_rows")
 
 
@@ -63,6 +70,8 @@ def one_writer(base: str) -> Iterator[Callable[[], None]]:
             raise CorpusError(
                 f"{error}, which writes to it now; run the same command again when it has ended"
             ) from None
+        for folder in WRITTEN:
+            store.remove_leftovers(store.join(base, folder))
         yield held.check
 
 
@@ -102,9 +111,10 @@ def commit(
         raise QuarantineError(f"no image is left of {len(everything_rejected):,}: {count_reasons(everything_rejected)}")
     rows = RowParts(base, shards)
     equal = rows.duplicates()
-    times: list[bytes | None] = [None if n == 1 else bytes([n]) for n in shards["times"].to_pylist()]
+    often: list[int] = shards["times"].to_pylist()
+    times = [None if n == 1 else bytes([n]) for n in often]
     if duplicates == "quarantine" and len(equal.extra):
-        times = rows.times(equal.extra)
+        times = rows.times(equal.extra, often)
         everything_rejected += rows.rejected(equal)
     corpus = write_manifest(
         base,
@@ -120,10 +130,11 @@ def commit(
             recipe=recipe or {},
         ),
         everything_rejected,
-        write_more=lambda target: _write_beside(target, rows, tables or {}),
+        rows=rows,
+        tables=tables or {},
     )
     if is_current:
-        make_current(base, corpus.digest, current)
+        make_current(base, corpus.digest, current, corpus.account)
     return corpus
 
 
@@ -131,14 +142,16 @@ def write_manifest(
     base: str,
     pieces: Callable[[Sequence[str] | None], Iterable[pa.Table]],
     described: Description,
-    rejected: Sequence[Rejected],
+    rejected: Sequence[Rejected] | None,
     *,
-    write_more: Callable[[str], None] = lambda target: None,
+    rows: RowParts | None = None,
+    tables: Mapping[str, pa.Table] | None = None,
 ) -> Corpus:
     """A version without making it current.
 
     `pieces` gives its shard table in order, or the named columns of it and nothing where it lacks one; it is called
-    several times. `write_more` writes what else stands beside the head, whose place it is told.
+    several times. `rejected`: None for a version that is made of other versions and looks at no source. `rows`: its
+    sample table, if it has one of its own. `tables` come beside the quarantine as NAME.parquet.
     """
     shards, size = 0, 0
     counts: Counter[str] = Counter()
@@ -155,13 +168,8 @@ def write_manifest(
     maps = [source.labels for source in described.sources]
     digest = digest_shards(described.class_names, splits, pieces, multi_label=described.multi_label, label_maps=maps)
     target = manifest_uri(base, digest)
-    head_uri = store.join(target, "head.json")
-    if store.exists(head_uri):  # The same corpus came out of another plan or place: a version is never written twice.
-        return Corpus(base, Head.from_json(store.read_json(head_uri), head_uri))
-    write_more(target)
-    _write_pieces(store.join(target, "shards.parquet"), pieces(None))
     names = dict(enumerate(described.class_names))
-    write_table(store.join(target, "quarantine.parquet"), quarantine_table(rejected, names))
+    beside = {**(tables or {}), "quarantine": quarantine_table(rejected or [], names)}
     head = Head(
         digest=digest,
         class_names=described.class_names,
@@ -169,8 +177,8 @@ def write_manifest(
         shards=shards,
         bytes=size,
         multi_label=described.multi_label,
-        rejected=count_reasons(rejected),
-        bad_fraction=bad_fraction(rejected, sum(lying.values())),
+        rejected=count_reasons(rejected or []),
+        bad_fraction=bad_fraction(rejected or [], sum(lying.values())),
         noted=dict(sorted(described.noted.items())),
         ignored=dict(described.ignored),
         duplicates=dict(described.duplicates),
@@ -179,8 +187,36 @@ def write_manifest(
         source=described.source,
         recipe=dict(described.recipe),
     )
-    store.write_json(head_uri, head.to_json())
+    standing = _standing(base, digest)
+    if standing is not None:  # The same corpus came out of another plan or place: a version is never written twice.
+        if rejected is None:
+            return standing
+        if rows is not None and not standing.head.sources:
+            rows.write(target, mend=True)
+        return Corpus(base, *write_account(target, standing.head, head, beside))
+    if rows is not None:
+        rows.write(target)
+    _write_pieces(store.join(target, "shards.parquet"), pieces(None))
+    for name, table in beside.items():
+        write_table(store.join(target, f"{name}.parquet"), table)
+    store.write_json(store.join(target, "head.json"), head.to_json())
     return Corpus(base, head)
+
+
+def _standing(base: str, digest: str) -> Corpus | None:
+    """The version if it stands; None if there is none, or if a piece of its manifest is lost or damaged."""
+    uri = store.join(manifest_uri(base, digest), "head.json")
+    if not store.exists(uri):
+        return None
+    try:
+        corpus = Corpus(base, Head.from_json(store.read_json(uri), uri))
+        problem = lost_piece(corpus)
+    except ManifestError as error:
+        problem = str(error)
+    if problem is None:
+        return corpus
+    log.warning("%s; the manifest is written anew", problem)
+    return None
 
 
 def _write_pieces(uri: str, pieces: Iterable[pa.Table]) -> None:
@@ -201,18 +237,12 @@ def _write_pieces(uri: str, pieces: Iterable[pa.Table]) -> None:
         store.upload(path, uri)
 
 
-def _write_beside(target: str, rows: RowParts, tables: Mapping[str, pa.Table]) -> None:
-    rows.write(target)
-    for name, extra in tables.items():
-        write_table(store.join(target, f"{name}.parquet"), extra)
-
-
-def make_current(base: str, digest: str, current: str | None) -> None:
+def make_current(base: str, digest: str, current: str | None, account: str = "") -> None:
     """Move current.json. `current` is its state when the work began: another writer since then is an error."""
     uri = store.join(base, "current.json")
     condition: dict[str, Any] = {"if_absent": True} if current is None else {"if_match": current}
     try:
-        store.write_json(uri, {"digest": digest}, **condition)
+        store.write_json(uri, _pointer(digest, account), **condition)
     except store.Conflict:
         found = store.read_json(uri)["digest"]
         if found != digest:
@@ -220,3 +250,25 @@ def make_current(base: str, digest: str, current: str | None) -> None:
                 f"{uri} was moved to {found[:12]} by another writer while this one wrote {digest[:12]}; that version is"
                 f" whole and has the name {base}@{digest[:12]}; run the same command again to make it current"
             ) from None
+
+
+def point_to_finished(reference: str, account: str, stage: str, etag: str | None) -> None:
+    """NAME@current is what the last command asked for, also where that was finished long ago.
+
+    `etag`: of current.json when that command looked at it.
+    """
+    base, _, digest = reference.rpartition("@")
+    uri = store.join(base, "current.json")
+    former = store.read_json(uri) if etag is not None else None
+    if former == _pointer(digest, account):
+        return
+    try:
+        store.write_json(uri, _pointer(digest, account), if_match=etag, if_absent=etag is None)
+    except store.Conflict:
+        raise CorpusError(f"{uri} was moved by another writer just now; run the same command again") from None
+    moved = former is not None and former["digest"] != digest
+    say(f"{stage}: current is {digest[:12]} again" + (f", it was {former['digest'][:12]}" if former and moved else ""))
+
+
+def _pointer(digest: str, account: str) -> dict[str, str]:
+    return {"digest": digest} | ({"account": account} if account else {})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["CorpusError", "ManifestError", "QuarantineError", "SourceError"]
+__all__ = ["MAKE_AGAIN", "CorpusError", "ManifestError", "QuarantineError", "SourceError"]
+
+MAKE_AGAIN = "the command that made this corpus, run again, writes it anew"
 
 
 class CorpusError(ValueError):

@@ -14,10 +14,11 @@ from pipelines.corpus.errors import SourceError
 from pipelines.corpus.images import MAX_FILE_BYTES, ImageRejected
 from pipelines.corpus.listing import local_etag
 
-__all__ = ["Planned", "fetch", "read_source"]
+__all__ = ["Planned", "fetch", "read_listed", "read_source"]
 
 THREADS = 16  # Small objects of a bucket: the answer takes longer than the bytes.
 RUN_BYTES = 32 << 20  # Neighbours in a tar are read in one request of at most so much.
+APART_BYTES = 512 << 20  # Of images from all over the tars, which are held together: a shard of usual size is one.
 RUN_GAP = 256 << 10  # Bytes that are cheaper to read than to leave out.
 
 
@@ -45,17 +46,26 @@ def read_source(uri: str, etag: str, start: int | None = None, length: int | Non
             raise SourceError(f"{uri} is gone since it was listed; run the same command again to list anew") from None
     try:
         with open(uri, "rb") as file:  # noqa: PTH123  a third of the cost of a Path for small files
-            if local_etag(os.fstat(file.fileno())) != etag:
+            status = os.fstat(file.fileno())
+            if local_etag(status) != etag:
                 raise SourceError(_changed(uri))
             if start:
                 file.seek(start)
-            return file.read(-1 if length is None else length)
+            return file.read(status.st_size if length is None else length)  # Not to the end: a device has none.
     except FileNotFoundError:
         raise SourceError(f"{uri} is gone since it was listed; run the same command again to list anew") from None
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise
         raise ImageRejected("unreadable", error.strerror or str(error)) from None
+
+
+def read_listed(uri: str, etag: str, start: int | None = None, length: int | None = None) -> bytes:
+    """As `read_source`, of what is no image: a tar, a list, an IDX file. Raises SourceError, which names it."""
+    try:
+        return read_source(uri, etag, start, length)
+    except ImageRejected as error:
+        raise SourceError(f"cannot read {uri}: {error.detail}") from None
 
 
 def _changed(uri: str) -> str:
@@ -74,12 +84,14 @@ def fetch(kind: str, rows: Sequence[Planned]) -> Iterator[bytes | ImageRejected]
             for run in _runs(rows):
                 yield from _read_run(run)
         case "tars_shuffled":
-            yield from _read_apart(rows)
+            for some in _together(rows, APART_BYTES):
+                yield from _read_apart(some)
         case "corpus":
             from pipelines.corpus.recast import read_sample
 
             with ThreadPoolExecutor(THREADS) as pool:
-                yield from pool.map(read_sample, rows)
+                for start in range(0, len(rows), 4 * THREADS):
+                    yield from pool.map(read_sample, rows[start : start + 4 * THREADS])
         case "files" | "list" if rows and store.is_s3(rows[0].uri):
             with ThreadPoolExecutor(THREADS) as pool:
                 for start in range(0, len(rows), 4 * THREADS):
@@ -95,6 +107,20 @@ def _read_file(row: Planned) -> bytes | ImageRejected:
         return read_source(row.uri, row.etag)
     except ImageRejected as rejected:
         return rejected
+
+
+def _together(rows: Sequence[Planned], limit: int) -> Iterator[list[Planned]]:
+    """Rows in order, so many together as are below the limit."""
+    some: list[Planned] = []
+    size = 0
+    for row in rows:
+        if some and size + row.size > limit:
+            yield some
+            some, size = [], 0
+        some.append(row)
+        size += row.size
+    if some:
+        yield some
 
 
 def _read_apart(rows: Sequence[Planned]) -> Iterator[bytes | ImageRejected]:

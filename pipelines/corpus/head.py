@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipelines.corpus.errors import ManifestError
+from pipelines.corpus.errors import MAKE_AGAIN, ManifestError
 from pipelines.corpus.layout import SCHEMA
 
 __all__ = ["Head", "SourceVersion"]
+
+COUNTS = ("rejected", "noted", "ignored", "duplicates", "recipe")
+KINDS: dict[str, type] = {"digest": str, "shards": int, "bytes": int, "source": str, **dict.fromkeys(COUNTS, dict)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,10 @@ class Head:
         return dataclasses.asdict(self) | {"splits": [[name, samples] for name, samples in self.splits.items()]}
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any], where: str) -> Head:
+    def from_json(cls, value: Any, where: str) -> Head:
+        """Raises ManifestError if that is no head, or not one of this schema."""
+        if not isinstance(value, dict):
+            raise ManifestError(f"{where} is damaged: no JSON object; {MAKE_AGAIN}")
         schema = value.get("schema")
         if schema != SCHEMA:
             raise ManifestError(
@@ -64,11 +70,18 @@ class Head:
         known = {spec.name for spec in dataclasses.fields(cls)}
         if unknown := value.keys() - known:
             raise ManifestError(f"{where}: unknown keys {sorted(unknown)}; the head was not written by this code")
-        return cls(
-            **dict(value)
-            | {
-                "class_names": tuple(value["class_names"]),
-                "splits": {name: int(samples) for name, samples in value["splits"]},
-                "sources": tuple(SourceVersion.from_json(one) for one in value.get("sources", ())),
-            }
-        )
+        try:
+            head = cls(
+                **value
+                | {
+                    "class_names": tuple(value["class_names"]),
+                    "splits": {name: int(samples) for name, samples in value["splits"]},
+                    "sources": tuple(SourceVersion.from_json(one) for one in value.get("sources", ())),
+                }
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ManifestError(f"{where} is damaged ({error!r}); {MAKE_AGAIN}") from None
+        for name, kind in KINDS.items():
+            if not isinstance(found := getattr(head, name), kind):
+                raise ManifestError(f"{where} is damaged: {name} is {found!r}; {MAKE_AGAIN}")
+        return head

@@ -5,9 +5,12 @@ Rows become PNG without loss. The PNG is put together by hand: ten times faster 
 
 from __future__ import annotations
 
+import math
 import re
 import struct
+import sys
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -16,7 +19,7 @@ import numpy as np
 
 from pipelines.corpus.entries import Entries
 from pipelines.corpus.errors import SourceError
-from pipelines.corpus.fetch import read_source
+from pipelines.corpus.fetch import read_listed
 from pipelines.corpus.images import PNG_SIGNATURE
 from pipelines.corpus.listing import SourceFile
 from pipelines.corpus.sources import split_from_name
@@ -26,6 +29,7 @@ __all__ = ["encode_png", "idx_entries", "idx_rows", "is_idx"]
 IMAGES = re.compile(r"(?P<set>.*)images[-.]idx3-ubyte(\.gz)?")
 LABELS = re.compile(r"(?P<set>.*)labels[-.]idx1-ubyte(\.gz)?")
 CLASSES = "classes.txt"  # Optional: the name of a class a line, in order of the label.
+MOST_UNPACKED = 1 << 62  # zlib takes no longer number.
 IMAGES_MAGIC, LABELS_MAGIC = 0x00000803, 0x00000801  # Unsigned bytes in three dimensions, in one.
 
 
@@ -37,8 +41,10 @@ def idx_entries(files: Sequence[SourceFile]) -> Entries:
     entries = Entries()
     names = next((file for file in files if file.path == CLASSES), None)
     if names is not None:
-        lines = read_source(names.uri, names.etag).decode("utf-8", "replace").splitlines()
+        lines = read_listed(names.uri, names.etag).decode("utf-8", "replace").splitlines()
         entries.class_names = tuple(line.strip() for line in lines if line.strip())
+        if twice := [name for name, count in Counter(entries.class_names).items() if count > 1]:
+            raise SourceError(f"{names.uri} names {twice[0]!r} twice; class names must differ")
     labels = {match["set"]: file for file in files if (match := LABELS.fullmatch(file.path))}
     used: set[str] = set()
     for file in files:
@@ -71,26 +77,39 @@ def idx_entries(files: Sequence[SourceFile]) -> Entries:
 
 
 def _unpack(data: bytes, uri: str) -> bytes:
+    """The bytes, unpacked if they are packed: at most one more than the header in them says, however many there are."""
     if not data.startswith(b"\x1f\x8b"):
         return data
     try:
-        return zlib.decompress(data, wbits=31)
+        stream = zlib.decompressobj(wbits=31)
+        head = stream.decompress(data, 16)
+        wanted = 0
+        if len(head) >= 8 and struct.unpack_from(">I", head)[0] == LABELS_MAGIC:
+            wanted = 8 + struct.unpack_from(">I", head, 4)[0]
+        elif len(head) == 16 and struct.unpack_from(">I", head)[0] == IMAGES_MAGIC:
+            wanted = 16 + math.prod(struct.unpack_from(">III", head, 4))
+        more = min(wanted + 1 - len(head), sys.maxsize)
+        found = head + (stream.decompress(stream.unconsumed_tail, more) if more > 0 else b"")
+        if not stream.eof and 0 < len(found) <= wanted:
+            raise zlib.error("it breaks off")
+        return found
     except zlib.error as error:
         raise SourceError(f"{uri} is a damaged gzip file ({error}); fetch it again") from None
 
 
 def _labels(file: SourceFile) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    data = _unpack(read_source(file.uri, file.etag), file.uri)
+    data = _unpack(read_listed(file.uri, file.etag), file.uri, lambda start: 8 + int.from_bytes(start[4:8], "big"))
     if len(data) < 8 or struct.unpack_from(">I", data)[0] != LABELS_MAGIC:
         raise SourceError(f"{file.uri} is no IDX file of labels (magic {data[:4].hex()}, wanted {LABELS_MAGIC:08x})")
     (rows,) = struct.unpack_from(">I", data, 4)
     if len(data) != 8 + rows:
-        raise SourceError(f"{file.uri} says {rows:,} labels and has {len(data) - 8:,}; fetch it again")
+        more = "more" if len(data) > 8 + rows else f"{len(data) - 8:,}"
+        raise SourceError(f"{file.uri} says {rows:,} labels and has {more}; fetch it again")
     return np.frombuffer(data, np.uint8, offset=8)
 
 
 def _shape(file: SourceFile) -> tuple[int, int, int]:
-    start = read_source(file.uri, file.etag, 0, min(file.size, 4096))
+    start = read_listed(file.uri, file.etag, 0, min(file.size, 4096))
     if start.startswith(b"\x1f\x8b"):
         try:
             start = zlib.decompressobj(wbits=31).decompress(start, 16)
@@ -105,7 +124,7 @@ def _shape(file: SourceFile) -> tuple[int, int, int]:
 @lru_cache(maxsize=2)  # All shards of a file need it; unpacking MNIST takes 0.3 s.
 def idx_rows(uri: str, etag: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """All images of a file, (rows, height, width)."""
-    data = _unpack(read_source(uri, etag), uri)
+    data = _unpack(read_listed(uri, etag), uri, lambda start: 16 + math.prod(struct.unpack_from(">III", start, 4)))
     rows, height, width = struct.unpack_from(">III", data, 4)
     if len(data) != 16 + rows * height * width:
         raise SourceError(

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines import store
-from pipelines.corpus.errors import ManifestError
+from pipelines.corpus.errors import MAKE_AGAIN, ManifestError
 from pipelines.corpus.ranged import open_object
 from pipelines.identity import canonical
 
@@ -115,13 +115,13 @@ def read_layout(uri: str, digest: str, class_names: Sequence[str], splits: Mappi
             found = digest_shards(class_names, splits, chunks, **more)
             if found != digest:
                 raise ManifestError(
-                    f"{uri} is damaged: it belongs to digest {found[:12]}, not {digest[:12]}; shard again"
+                    f"{uri} is damaged: it belongs to digest {found[:12]}, not {digest[:12]}; {MAKE_AGAIN}"
                 )
             return _layout(file, chunks, list(splits))
     except store.NotFound:
-        raise ManifestError(f"{uri} is missing; shard again, the corpus is incomplete") from None
+        raise ManifestError(f"{uri} is missing, the corpus is incomplete; {MAKE_AGAIN}") from None
     except (pa.ArrowException, KeyError, OSError) as error:
-        raise ManifestError(f"{uri} is damaged ({error}); shard again") from None
+        raise ManifestError(f"{uri} is damaged ({error}); {MAKE_AGAIN}") from None
 
 
 def _layout(file: Any, chunks: Chunks, splits: Sequence[str]) -> Layout:

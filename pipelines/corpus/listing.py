@@ -18,7 +18,18 @@ from pipelines import store
 from pipelines.corpus.errors import SourceError
 from pipelines.corpus.texts import Texts
 
-__all__ = ["PACKED", "Files", "SourceFile", "is_hidden", "list_files", "listing_digest", "local_etag", "packed_hint"]
+__all__ = [
+    "PACKED",
+    "Files",
+    "SourceFile",
+    "check_apart",
+    "check_names",
+    "is_hidden",
+    "list_files",
+    "listing_digest",
+    "local_etag",
+    "packed_hint",
+]
 
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 IGNORED_NAMES = frozenset({"Thumbs.db", "desktop.ini", "__MACOSX"})
@@ -74,12 +85,34 @@ def local_etag(status: os.stat_result) -> str:
     return f"{status.st_size}-{status.st_mtime_ns}"
 
 
+def check_names(files: Iterable[SourceFile]) -> None:
+    """Of tars: the name is part of the path of each sample. Raises SourceError."""
+    for file in files:
+        try:
+            file.path.encode()
+        except UnicodeEncodeError:
+            raise SourceError(f"the tar name {file.uri!r} is not UTF-8; rename it") from None
+
+
 def packed_hint(path: str) -> str:
     return f"{path} is compressed: no range of it can be read, unpack it (gunzip, zstd -d)"
 
 
 def is_hidden(path: str) -> bool:
     return any(part.startswith(".") or part in IGNORED_NAMES for part in path.split("/"))
+
+
+def check_apart(source: str, base: str) -> None:
+    """What is written below the source would be a part of it the next time. Raises SourceError."""
+    if store.is_s3(source) or store.is_s3(base):
+        folder, place = (f"{uri.rstrip('/')}/" for uri in (source, base))
+    else:
+        folder, place = (f"{os.path.realpath(Path(path).expanduser()).rstrip('/')}/" for path in (source, base))
+    if place.startswith(folder) and not is_hidden(place.removeprefix(folder).rstrip("/")):
+        raise SourceError(
+            f"destination {base} lies in the source {source}, which would hold its tars the next time;"
+            " put it beside the source"
+        )
 
 
 def list_files(source: str) -> tuple[Files, dict[str, int]]:
@@ -136,7 +169,7 @@ def _walk(folder: str, prefix: str, base: str, above: set[str], ignored: Counter
     """A link into the source is a second name of a file that is listed anyway; a link out of it is followed."""
     try:
         # As the paths below them are sorted: "a-b" stands before "a/".
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name + "/" * entry.is_dir())
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name + "/" * _is_folder(entry))
     except OSError as error:
         raise SourceError(f"cannot list {folder}: {error.strerror}; check its permissions") from None
     for entry in entries:
@@ -145,14 +178,13 @@ def _walk(folder: str, prefix: str, base: str, above: set[str], ignored: Counter
             ignored["hidden"] += sum(1 for _ in _files_below(entry))
             continue
         if entry.is_symlink():
-            target = os.path.realpath(entry.path)
-            if os.path.commonpath([base, target]) == base:
-                ignored["symlink"] += 1
-                continue
-            if not Path(target).exists():
+            if not os.path.exists(entry.path):  # noqa: PTH110  Path.exists fails where a folder above may not be read
                 ignored["broken_symlink"] += 1
                 continue
-        if entry.is_dir():
+            if os.path.commonpath([base, os.path.realpath(entry.path)]) == base:
+                ignored["symlink"] += 1
+                continue
+        if _is_folder(entry):
             real = os.path.realpath(entry.path)
             if real not in above:  # A link to a folder that leads back here would never end.
                 yield from _walk(entry.path, path + "/", base, above | {real}, ignored)
@@ -166,6 +198,13 @@ def _walk(folder: str, prefix: str, base: str, above: set[str], ignored: Counter
             yield SourceFile(path, entry.path, status.st_size, local_etag(status))
         else:
             ignored["device"] += 1
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # A link that leads round in a circle, or to where nobody may look.
+        return False
 
 
 def _files_below(entry: os.DirEntry[str]) -> Iterator[str]:

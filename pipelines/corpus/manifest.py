@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines import store
-from pipelines.corpus.errors import ManifestError
+from pipelines.corpus.accounts import account_place, read_account
+from pipelines.corpus.errors import MAKE_AGAIN, ManifestError
 from pipelines.corpus.head import Head, SourceVersion
 from pipelines.corpus.layout import SCHEMA, Layout, digest_shards, read_layout
 from pipelines.corpus.pages import Page, Pages
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from pipelines.corpus.rows import OwnRows
 
 __all__ = [
     "SCHEMA",
@@ -57,9 +60,10 @@ class Corpus:
 
     uri: str  # Base, without the version.
     head: Head
+    account: str = ""  # Of which run the head says what was left out; "": of the one that wrote head.json.
 
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return open_corpus, (self.reference,)
+    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
+        return open_corpus, (self.reference, self.account)
 
     @property
     def digest(self) -> str:
@@ -81,6 +85,11 @@ class Corpus:
     def manifest(self) -> str:
         return manifest_uri(self.uri, self.digest)
 
+    @property
+    def beside(self) -> str:
+        """Where the tables lie that say what was left out."""
+        return account_place(self.manifest, self.account)
+
     @cached_property
     def layout(self) -> Layout:
         """Where shards and pages lie; checked against the digest. All that training reads."""
@@ -95,7 +104,7 @@ class Corpus:
         found = corpus_digest(self.class_names, self.splits, table, **self._digested())
         if found != self.digest:
             raise ManifestError(
-                f"{uri} is damaged: it belongs to digest {found[:12]}, not {self.digest[:12]}; shard again"
+                f"{uri} is damaged: it belongs to digest {found[:12]}, not {self.digest[:12]}; {MAKE_AGAIN}"
             )
         return table
 
@@ -135,13 +144,26 @@ class Corpus:
         return sample_rows(self, split)
 
     def source(self, number: int) -> Corpus:
-        """One of the versions whose shards this one lists."""
-        source = self.head.sources[number]
-        return open_corpus(f"{source.uri or self.uri}@{source.digest}")
+        """One of the versions whose shards this one lists; opened once."""
+        if number not in self._sources:
+            source = self.head.sources[number]
+            self._sources[number] = open_corpus(f"{source.uri or self.uri}@{source.digest}")
+        return self._sources[number]
+
+    @cached_property
+    def _sources(self) -> dict[int, Corpus]:
+        return {}
+
+    @cached_property
+    def own_rows(self) -> OwnRows:
+        """The sample table of a version that lists no shards of others, by slices. Raises ManifestError."""
+        from pipelines.corpus.rows import OwnRows
+
+        return OwnRows(self)
 
     def quarantine(self) -> pa.Table:
         """Every image that was left out: key, source, reason, detail."""
-        return read_table(store.join(self.manifest, "quarantine.parquet"))
+        return read_table(store.join(self.beside, "quarantine.parquet"))
 
     def _check_split(self, split: str) -> None:
         if split not in self.splits:
@@ -160,9 +182,9 @@ def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
         with pq.ParquetFile(pa.BufferReader(store.read(uri))) as file:
             return file.read(None if columns is None else [name for name in columns if name in file.schema_arrow.names])
     except store.NotFound:
-        raise ManifestError(f"{uri} is missing; shard again, the corpus is incomplete") from None
-    except pa.ArrowInvalid as error:
-        raise ManifestError(f"{uri} is damaged ({error}); shard again") from None
+        raise ManifestError(f"{uri} is missing, the corpus is incomplete; {MAKE_AGAIN}") from None
+    except (pa.ArrowException, OSError) as error:
+        raise ManifestError(f"{uri} is damaged ({error}); {MAKE_AGAIN}") from None
 
 
 def corpus_digest(class_names: Sequence[str], splits: Mapping[str, int], table: pa.Table, **more: Any) -> str:
@@ -194,8 +216,11 @@ def corpus_base(name_or_uri: str) -> str:
     return store.join(store.root(), "corpora", name_or_uri)
 
 
-def open_corpus(reference: str) -> Corpus:
-    """Open NAME@current, NAME@DIGEST (12 hex digits are enough), or the same with a URI or a folder for NAME."""
+def open_corpus(reference: str, account: str = "") -> Corpus:
+    """Open NAME@current, NAME@DIGEST (12 hex digits are enough), or the same with a URI or a folder for NAME.
+
+    @current comes with the account of the run that made it current, a digest with the named one.
+    """
     name, at, version = reference.rpartition("@")
     if not at or "/" in version:
         raise ManifestError(f"corpus {reference!r} names no version; write {reference}@current or {reference}@DIGEST")
@@ -204,21 +229,34 @@ def open_corpus(reference: str) -> Corpus:
             f"corpus version {version!r} is neither 'current' nor {MIN_PREFIX} to 64 hex digits of a digest"
         )
     base = corpus_base(name)
-    digest = _digest(base, name, version)
+    if version == CURRENT:
+        digest, account = _current(base, name)
+    else:
+        digest = _digest(base, name, version)
     uri = store.join(manifest_uri(base, digest), "head.json")
     try:
         value = store.read_json(uri)
     except store.NotFound:
         raise ManifestError(_unknown_version(base, name, version)) from None
-    return Corpus(base, Head.from_json(value, uri))
+    return Corpus(base, read_account(manifest_uri(base, digest), Head.from_json(value, uri), account), account)
+
+
+def _current(base: str, name: str) -> tuple[str, str]:
+    """The digest and the account that current.json names."""
+    uri = store.join(base, "current.json")
+    try:
+        value = store.read_json(uri)
+    except store.NotFound:
+        raise ManifestError(_unknown_corpus(base, name)) from None
+    digest = value.get("digest") if isinstance(value, dict) else None
+    if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+        raise ManifestError(
+            f"{uri} is damaged: it names no digest; delete it, and the command that made this corpus writes it anew"
+        )
+    return digest, str(value.get("account", ""))
 
 
 def _digest(base: str, name: str, version: str) -> str:
-    if version == CURRENT:
-        try:
-            return str(store.read_json(store.join(base, "current.json"))["digest"])
-        except store.NotFound:
-            raise ManifestError(_unknown_corpus(base, name)) from None
     if len(version) == 64:
         return version
     found = [digest for digest in _versions(base) if digest.startswith(version)]

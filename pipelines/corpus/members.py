@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["BLOCK", "Member", "TarStream"]
+__all__ = ["BLOCK", "IMAGE_EXTENSIONS", "Member", "TarStream"]
 
 BLOCK = 512
+IMAGE_EXTENSIONS = ("jpg", "png", "webp", "jpeg")  # In the order in which one is taken, if a sample has several.
 CHUNK = 8 << 20  # Bytes of one request.
 # name, size, checksum, type, magic, prefix
 HEADER = struct.Struct("100s24x12s12x8sc100x6s82x155s12x")

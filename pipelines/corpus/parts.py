@@ -11,6 +11,7 @@ import numpy as np
 
 from pipelines import store
 from pipelines.corpus.duplicates import Duplicates, find_duplicates
+from pipelines.corpus.errors import ManifestError
 from pipelines.corpus.manifest import read_table
 from pipelines.corpus.quarantine import Rejected
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["RowParts", "write_table"]
 
 PART_ROWS = 1_000_000  # Rows of one part of the sample table.
+GROUP_ROWS = 16_384  # Rows of a row group: who wants the rows of one shard reads 1 MB, not the part.
+REPEATING = ["shard", "label", "width", "height", "split", "reason", "class"]  # A dictionary makes others larger.
 KEPT_ROWS = 200_000  # Of a small corpus the rows are read once and kept.
 THREADS = 16
 
@@ -28,8 +31,15 @@ def write_table(uri: str, table: pa.Table) -> str:
     import pyarrow.parquet as pq
 
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd", row_group_size=GROUP_ROWS, use_dictionary=REPEATING)
     return store.write(uri, sink.getvalue())
+
+
+def _holds(uri: str, table: pa.Table) -> bool:
+    try:
+        return bool(read_table(uri).equals(table))
+    except ManifestError:
+        return False
 
 
 class RowParts:
@@ -63,19 +73,22 @@ class RowParts:
             lambda: zip(self._splits, self._each(["content", "label", "labels"]), strict=True), self.total
         )
 
-    def times(self, withdrawn: np.ndarray) -> list[bytes | None]:
-        """Of each shard: how often each of its samples comes if these rows do not; None: once each."""
+    def times(self, withdrawn: np.ndarray, often: Sequence[int]) -> list[bytes | None]:
+        """Of each shard: how often each of its samples comes if these rows do not; None: once each.
+
+        `often`: how often the samples of each shard came before.
+        """
         ends = np.cumsum(self._samples)
         found: list[bytes | None] = []
-        for end, samples in zip(ends.tolist(), self._samples, strict=True):
+        for end, samples, count in zip(ends.tolist(), self._samples, often, strict=True):
             own = withdrawn[np.searchsorted(withdrawn, end - samples) : np.searchsorted(withdrawn, end)]
-            times = np.ones(samples, np.uint8)
+            times = np.full(samples, count, np.uint8)
             times[own - (end - samples)] = 0
-            found.append(times.tobytes() if len(own) else None)
+            found.append(times.tobytes() if len(own) else None if count == 1 else bytes([count]))
         return found
 
-    def write(self, target: str) -> None:
-        """The table in parts, each named by its first row."""
+    def write(self, target: str, *, mend: bool = False) -> None:
+        """The table in parts, each named by its first row. `mend`: only those that are not there as they should be."""
         import pyarrow as pa
 
         first = 0
@@ -83,20 +96,22 @@ class RowParts:
         size = 0
         for shard, rows in enumerate(self._each()):
             if part and size + rows.num_rows > PART_ROWS:
-                first = self._write_part(target, first, part)
+                first = self._write_part(target, first, part, mend)
                 part, size = [], 0
             part.append(rows.add_column(0, "shard", pa.array(np.full(rows.num_rows, shard, np.int32))))
             size += rows.num_rows
-        self._write_part(target, first, part)
+        self._write_part(target, first, part, mend)
 
     @staticmethod
-    def _write_part(target: str, first: int, part: list[pa.Table]) -> int:
+    def _write_part(target: str, first: int, part: list[pa.Table], mend: bool) -> int:
         import pyarrow as pa
 
         table = pa.concat_tables(part)
         ids = np.arange(first, first + table.num_rows, dtype=np.int64)
         uri = store.join(target, "samples", f"{first:012d}.parquet")
-        write_table(uri, table.add_column(0, "sample_id", pa.array(ids)))
+        table = table.add_column(0, "sample_id", pa.array(ids))
+        if not (mend and _holds(uri, table)):
+            write_table(uri, table)
         return first + len(ids)
 
     def rejected(self, duplicates: Duplicates) -> list[Rejected]:

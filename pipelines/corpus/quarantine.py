@@ -12,7 +12,16 @@ from pipelines.corpus.errors import QuarantineError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["NOTES", "REASONS", "Rejected", "bad_fraction", "check_fraction", "count_reasons", "quarantine_table"]
+__all__ = [
+    "BY_CHOICE",
+    "NOTES",
+    "REASONS",
+    "Rejected",
+    "bad_fraction",
+    "check_fraction",
+    "count_reasons",
+    "quarantine_table",
+]
 
 REASONS = {
     "empty": "the file has no bytes",

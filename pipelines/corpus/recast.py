@@ -10,12 +10,15 @@ import io
 import tarfile
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from pipelines import store
 from pipelines.corpus.entries import Entries
 from pipelines.corpus.errors import SourceError
 from pipelines.corpus.fetch import Planned
 from pipelines.corpus.images import ImageRejected
 from pipelines.corpus.selection import present
+from pipelines.corpus.tar import sample_key
 
 if TYPE_CHECKING:
     from pipelines.corpus.manifest import Corpus
@@ -31,7 +34,7 @@ def corpus_entries(corpus: Corpus) -> Entries:
 
     entries = Entries(multi_label=corpus.head.multi_label, class_names=corpus.class_names)
     layout = corpus.layout
-    several = len(corpus.head.sources) > 1
+    repeated = _repeated(corpus)
     wanted = ["shard", "offset", "bytes", "source", "key", "content", "label", "labels"]
     for split in corpus.splits:
         times = present(corpus, split)
@@ -42,7 +45,7 @@ def corpus_entries(corpus: Corpus) -> Entries:
                     continue
                 shard = row["shard"]
                 path = row["source"] or row["key"]
-                if several and layout.source is not None:  # Two corpora may well have the same paths.
+                if layout.source is not None and sample_key(path) in repeated:
                     path = f"{corpus.head.sources[int(layout.source[shard])].digest[:12]}/{path}"
                 label = tuple(row["labels"]) if entries.multi_label else row["label"]
                 uri, etag = corpus.shard_uri(shard), row["content"].hex()
@@ -50,6 +53,28 @@ def corpus_entries(corpus: Corpus) -> Entries:
                 entries.times.append(count)
             first += table.num_rows
     return entries
+
+
+def _repeated(corpus: Corpus) -> frozenset[str]:
+    """Keys of the paths that several of the samples have: two corpora of a mixture may well have the same.
+
+    All others keep their path, so that a list of images to withdraw fits the new corpus too.
+    """
+    from pipelines.corpus.rows import tar_rows
+
+    if len(corpus.head.sources) < 2:
+        return frozenset()
+    parts = [np.empty(0, np.uint64)]
+    for split in corpus.splits:
+        times = present(corpus, split)
+        first = 0
+        for table in tar_rows(corpus, split, ["source", "key"]):
+            names = zip(table["source"].to_pylist(), table["key"].to_pylist(), strict=True)
+            own = np.array([int(sample_key(source or key), 16) for source, key in names], np.uint64)
+            parts.append(own[times[first : first + table.num_rows] > 0])
+            first += table.num_rows
+    keys, counts = np.unique(np.concatenate(parts), return_counts=True)
+    return frozenset(f"{key:016x}" for key in keys[counts > 1].tolist())
 
 
 def read_sample(row: Planned) -> bytes | ImageRejected:

@@ -6,7 +6,9 @@ shard numbers, each as often as its sample comes.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,14 +17,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines import store
-from pipelines.corpus.errors import ManifestError
+from pipelines.corpus.errors import MAKE_AGAIN, ManifestError
+from pipelines.corpus.ranged import open_object
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
     from pipelines.corpus.manifest import Corpus
 
-__all__ = ["sample_rows", "shard_rows", "tar_rows", "tar_times"]
+__all__ = ["OwnRows", "sample_rows", "shard_rows", "tar_rows", "tar_times"]
+
+GROUP_BYTES = 1 << 20  # About a row group of `parts.GROUP_ROWS`, packed.
 
 
 def sample_rows(corpus: Corpus, split: str) -> pa.Table:
@@ -36,7 +42,7 @@ def sample_rows(corpus: Corpus, split: str) -> pa.Table:
     first, count = corpus.first_sample(split), corpus.splits[split]
     if table.num_rows != count:
         raise ManifestError(
-            f"{corpus.manifest}: {table.num_rows:,} rows for {count:,} samples of {split!r}; shard again"
+            f"{corpus.manifest}: {table.num_rows:,} rows for {count:,} samples of {split!r}; {MAKE_AGAIN}"
         )
     at = table.schema.get_field_index("sample_id")
     return table.set_column(at, "sample_id", pa.array(np.arange(first, first + count, dtype=np.int64)))
@@ -46,15 +52,11 @@ def tar_rows(corpus: Corpus, split: str, columns: Sequence[str] | None = None) -
     """Tables of what lies in the tars of a split, whether it comes or not, in manifest order."""
     shards = corpus.layout.shards_of(list(corpus.splits).index(split))
     if not corpus.head.sources:
-        low, high = (int(corpus.layout.samples[:shard].sum()) for shard in (shards.start, shards.stop))
-        yield from _slices(corpus, low, high, columns)
+        yield from corpus.own_rows.slices(shards.start, shards.stop, columns)
         return
     for number, first, here, count in _runs(corpus, shards):
-        origin = corpus.source(number)
         labels = corpus.head.sources[number].labels
-        samples = origin.layout.samples
-        low = int(samples[:first].sum())
-        for table in _slices(origin, low, low + int(samples[first : first + count].sum()), columns):
+        for table in corpus.source(number).own_rows.slices(first, first + count, columns):
             yield _renumbered(table, here - first, labels)
 
 
@@ -89,41 +91,89 @@ def _order(corpus: Corpus, split: str, times: NDArray[np.uint8]) -> NDArray[np.i
 def _runs(corpus: Corpus, shards: range) -> Iterator[tuple[int, int, int, int]]:
     """(source, its first shard, number of that shard here, how many) of shards that follow one another there too."""
     layout = corpus.layout
-    places: dict[int, dict[str, int]] = {}
     found: list[tuple[int, int, int]] = []
     for shard in shards:
         number = 0 if layout.source is None else int(layout.source[shard])
-        if number not in places:
-            names = corpus.source(number).layout.name.to_pylist()
-            places[number] = {name: place for place, name in enumerate(names)}
         name = layout.name[shard].as_py()
-        if name not in places[number]:
+        place = corpus.source(number).own_rows.places.get(name)
+        if place is None:
             raise ManifestError(f"{corpus.source(number).reference} has no shard {name}, which {corpus.uri} lists")
-        found.append((number, places[number][name], shard))
+        found.append((number, place, shard))
     for (number, _), run in groupby(found, key=lambda one: (one[0], one[1] - one[2])):
         together = list(run)
         yield number, together[0][1], together[0][2], len(together)
 
 
-def _slices(corpus: Corpus, low: int, high: int, columns: Sequence[str] | None) -> Iterator[pa.Table]:
-    """Tar rows [low, high) of a version that has rows of its own."""
-    from pipelines.corpus.manifest import read_table
+class OwnRows:
+    """The sample table of a version that has one: parts, each named by its first row, whose row groups are read.
 
-    folder = store.join(corpus.manifest, "samples")
-    uris = [info.uri for info in store.list_objects(folder) if info.uri.endswith(".parquet")]
-    if not uris:
-        raise ManifestError(f"{folder} is missing; shard again, the corpus is incomplete")
-    firsts = [int(Path(uri).stem) for uri in uris]
-    lasts = [*firsts[1:], int(corpus.layout.samples.sum())]
-    given = 0
-    for uri, first, last in zip(uris, firsts, lasts, strict=True):
-        if first < high and last > low:
-            part = read_table(uri, columns)
-            part = part.slice(max(low - first, 0), min(high, last) - max(low, first))
-            given += part.num_rows
-            yield part
-    if given != high - low:
-        raise ManifestError(f"{folder}: {given:,} rows of {high - low:,}; shard again")
+    What finds a place in it is worked out once, and the last row group is kept: whoever asks for shard after shard
+    (`vit verify`) reads each row group once.
+    """
+
+    def __init__(self, corpus: Corpus) -> None:
+        self._folder = store.join(corpus.manifest, "samples")
+        self._uris = [info.uri for info in store.list_objects(self._folder) if info.uri.endswith(".parquet")]
+        if not self._uris:
+            raise ManifestError(f"{self._folder} is missing, the corpus is incomplete; {MAKE_AGAIN}")
+        self._parts = [int(Path(uri).stem) for uri in self._uris]  # First row of each,
+        self.starts = np.concatenate([[0], np.cumsum(corpus.layout.samples)])  # of each shard, and one more: of none.
+        self._names = corpus.layout.name
+        self._open: tuple[str, pq.ParquetFile] | None = None
+        self._kept: tuple[str, int, pa.Table] | None = None
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """The number of each shard, by its name."""
+        return {name: shard for shard, name in enumerate(self._names.to_pylist())}
+
+    def slices(self, first: int, last: int, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """Tar rows of the shards first to last (not included)."""
+        low, high = int(self.starts[first]), int(self.starts[last])
+        given = 0
+        for uri, start, end in zip(self._uris, self._parts, [*self._parts[1:], int(self.starts[-1])], strict=True):
+            if start < high and end > low:
+                for table in self._part(uri, max(low - start, 0), min(high, end) - start, end - start, columns):
+                    given += table.num_rows
+                    yield table
+        if given != high - low:
+            raise ManifestError(f"{self._folder}: {given:,} rows of {high - low:,}; {MAKE_AGAIN}")
+
+    def _part(self, uri: str, low: int, high: int, rows: int, columns: Sequence[str] | None) -> Iterator[pa.Table]:
+        """Rows low to high of a part of so many."""
+        import pyarrow as pa
+
+        from pipelines.corpus.manifest import read_table
+
+        if high - low == rows:  # In one request.
+            yield read_table(uri, columns)
+            return
+        try:
+            file = self._file(uri)
+            end = 0
+            for group in range(file.num_row_groups):
+                start, end = end, end + file.metadata.row_group(group).num_rows
+                if start < high and end > low:
+                    table = self._group(uri, group)
+                    table = table.slice(max(low - start, 0), min(high, end) - max(low, start))
+                    yield table if columns is None else table.select([n for n in columns if n in table.column_names])
+        except store.NotFound:
+            raise ManifestError(f"{uri} is missing, the corpus is incomplete; {MAKE_AGAIN}") from None
+        except (pa.ArrowException, OSError) as error:
+            raise ManifestError(f"{uri} is damaged ({error}); {MAKE_AGAIN}") from None
+
+    def _file(self, uri: str) -> pq.ParquetFile:
+        import pyarrow.parquet as pq
+
+        if self._open is None or self._open[0] != uri:
+            # A row group lies together: its columns come with one request.
+            self._open = uri, pq.ParquetFile(io.BufferedReader(open_object(uri), GROUP_BYTES))
+        return self._open[1]
+
+    def _group(self, uri: str, number: int) -> pa.Table:
+        if self._kept is None or self._kept[:2] != (uri, number):
+            self._kept = uri, number, self._file(uri).read_row_group(number, use_threads=False)
+        return self._kept[2]
 
 
 def _renumbered(table: pa.Table, shift: int, labels: Sequence[int] | None) -> pa.Table:
@@ -157,5 +207,4 @@ def shard_rows(corpus: Corpus, shard: int) -> tuple[Corpus, pa.Table]:
     if corpus.head.sources:
         number, place, _, _ = next(_runs(corpus, range(shard, shard + 1)))
         origin = corpus.source(number)
-    low = int(origin.layout.samples[:place].sum())
-    return origin, pa.concat_tables(_slices(origin, low, low + int(origin.layout.samples[place]), None))
+    return origin, pa.concat_tables(origin.own_rows.slices(place, place + 1))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import sys
+from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +13,8 @@ from pipelines.corpus.anomalies import Anomaly
 from pipelines.corpus.quarantine import Rejected
 
 __all__ = ["ScannedTar"]
+
+PAGES = {"page_offset": "q", "page_length": "q", "page_rows": "H"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,10 +24,10 @@ class ScannedTar:
     bytes: int
     sha256: str
     samples: int
-    page_offset: list[int]
-    page_length: list[int]
-    page_rows: list[int]
-    numbers: list[int]  # Class numbers that occur,
+    page_offset: Sequence[int]
+    page_length: Sequence[int]
+    page_rows: Sequence[int]
+    numbers: list[int]  # Lowest and highest class number that occur; empty: none does,
     names: list[str]  # and class names: a tar that has both cannot be used.
     rejected: list[Rejected]
     noted: dict[str, int]
@@ -34,13 +38,16 @@ class ScannedTar:
     multi_label: bool = False  # A sample has a list of labels, so `rows` has lists.
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {name: list(getattr(self, name)) for name in PAGES}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> ScannedTar:
+        """Packed: an index holds one of them for each of its tars, which may be 300,000."""
         return cls(
             **dict(value)
+            | {name: array(kind, value[name]) for name, kind in PAGES.items()}
             | {
+                "names": [sys.intern(name) for name in value["names"]],
                 "rejected": [Rejected(**item) for item in value["rejected"]],
                 "anomalies": [Anomaly(**item) for item in value["anomalies"]],
             }

@@ -17,7 +17,15 @@ from pipelines.corpus.rows import tar_rows, tar_times
 if TYPE_CHECKING:
     from pipelines.corpus.manifest import Corpus
 
-__all__ = ["first_per_class", "present", "random_fraction", "repeat_factors", "single_labels", "whole_times"]
+__all__ = [
+    "first_per_class",
+    "is_multiplied",
+    "present",
+    "random_fraction",
+    "repeat_factors",
+    "single_labels",
+    "whole_times",
+]
 
 MOST = 255  # Times per epoch: a byte a sample.
 Times = NDArray[np.uint8]
@@ -31,6 +39,11 @@ def present(corpus: Corpus, split: str) -> Times:
     layout = corpus.layout
     shards = layout.shards_of(list(corpus.splits).index(split))
     return np.ones(int(layout.samples[shards.start : shards.stop].sum()), np.uint8)
+
+
+def is_multiplied(corpus: Corpus, split: str) -> bool:
+    """Whether some samples of a split come more often than once."""
+    return split in corpus.splits and int(present(corpus, split).max(initial=0)) > 1
 
 
 def single_labels(corpus: Corpus, split: str) -> NDArray[np.int32]:
@@ -66,10 +79,14 @@ def repeat_factors(times: Times, labels: NDArray[np.int32], threshold: float) ->
 
 
 def whole_times(times: Times, factors: NDArray[np.float64] | float, seed: int) -> Times:
-    """`times` multiplied; what is left of a whole number is given to as large a share of the samples."""
+    """`times` multiplied; what is left of a whole number is given to as large a share of the samples.
+
+    Times above one were drawn before, perhaps with this seed: the next draw must know nothing of that one.
+    """
     wanted = times * np.asarray(factors, np.float64)
     keys = np.arange(len(times), dtype=np.uint64)
-    chance = mix(keys ^ mix(np.array([(seed + 1) % 2**64], np.uint64))) / 2.0**64
+    salt = seed + 1 + (int(times.sum(dtype=np.int64)) << 32 if times.max(initial=0) > 1 else 0)
+    chance = mix(keys ^ mix(np.array([salt % 2**64], np.uint64))) / 2.0**64
     whole = np.floor(wanted + 1e-9)
     whole += chance < wanted - whole
     if (most := int(whole.max(initial=0))) > MOST:

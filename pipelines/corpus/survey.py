@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines import store
-from pipelines.corpus.adopt import IMAGE_EXTENSIONS
 from pipelines.corpus.manifest import Corpus, read_table
-from pipelines.corpus.members import TarStream
+from pipelines.corpus.members import IMAGE_EXTENSIONS, TarStream
 from pipelines.corpus.rows import tar_rows
+from pipelines.corpus.selection import present
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from PIL import Image
 
 __all__ = ["NEAR_BITS", "Picture", "Survey", "difference_hash", "near_pairs", "survey"]
@@ -44,7 +45,7 @@ class Picture:
 
 @dataclass(slots=True)
 class Survey:
-    samples: int  # In the tars.
+    samples: int  # Images that come, each counted once however often it does.
     per_class: dict[str, NDArray[np.int64]]  # By split: images of each class.
     sides: NDArray[np.int64]  # Images per bin of SIDES, and so on.
     aspects: NDArray[np.int64]
@@ -67,14 +68,14 @@ def survey(corpus: Corpus, *, classes: Sequence[int] | None, per_class: int, com
     """`classes` get a contact sheet of `per_class` images (None: all); `compared` images are looked at for nearness."""
     count = len(corpus.class_names)
     empty = [np.zeros(len(bins) - 1, np.int64) for bins in (SIDES, ASPECTS, BYTES)]
-    found = Survey(int(corpus.layout.samples.sum()), {}, empty[0], empty[1], empty[2])
+    found = Survey(0, {}, empty[0], empty[1], empty[2])
     wanted = np.ones(count, np.bool_) if classes is None else np.isin(np.arange(count), classes)
     low, high = 1 << 62, 0
     sheet, some = _Least(per_class), _Least(compared)
     row = 0
     for split in corpus.splits:
         found.per_class[split] = np.zeros(count, np.int64)
-        for table in tar_rows(corpus, split, COLUMNS):
+        for table in _coming(corpus, split):
             width, height = (table[name].to_numpy().astype(np.int64) for name in ("width", "height"))
             labels = table["label"].to_numpy() if "label" in table.column_names else None
             if labels is not None:
@@ -97,6 +98,7 @@ def survey(corpus: Corpus, *, classes: Sequence[int] | None, per_class: int, com
             # By chance, but from the place alone: the same corpus gives the same report.
             order = np.random.Generator(np.random.Philox(row)).integers(0, 1 << 63, len(width), np.uint64)
             row += len(width)
+            found.samples += len(width)
             usable = np.flatnonzero((first >= 0) & wanted[np.maximum(first, 0)])
             sheet.take(table, split, first, order, usable)
             some.take(table, split, np.zeros(len(width), np.int64), order, np.arange(len(width)))
@@ -105,9 +107,23 @@ def survey(corpus: Corpus, *, classes: Sequence[int] | None, per_class: int, com
     found.sheets = sheet.grouped(chosen)
     found.compared = sum(not picture.problem for picture in others.values())
     found.near = near_pairs(list(others.values()))
-    if any(info.uri.endswith("/anomalies.parquet") for info in store.list_objects(corpus.manifest)):
-        found.anomalies = read_table(store.join(corpus.manifest, "anomalies.parquet")).to_pylist()
+    anomalies = store.join(corpus.beside, "anomalies.parquet")
+    if store.exists(anomalies):
+        found.anomalies = read_table(anomalies).to_pylist()
     return found
+
+
+def _coming(corpus: Corpus, split: str) -> Iterator[pa.Table]:
+    """The rows of a split without those that do not come: withdrawn images, or what a subset does not take."""
+    import pyarrow as pa
+
+    times = present(corpus, split)
+    first = 0
+    for table in tar_rows(corpus, split, COLUMNS):
+        wanted = times[first : first + table.num_rows] > 0
+        first += table.num_rows
+        if wanted.any():
+            yield table if wanted.all() else table.filter(pa.array(wanted))
 
 
 class _Least:

@@ -6,7 +6,6 @@ Members that share their name up to the first dot are one sample: an image and i
 from __future__ import annotations
 
 import io
-import json
 import logging
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,10 +16,10 @@ from typing import Any
 from pipelines import store
 from pipelines.corpus.entries import Entries
 from pipelines.corpus.errors import SourceError
-from pipelines.corpus.fetch import read_source
-from pipelines.corpus.images import ImageRejected
-from pipelines.corpus.labels import parse_labels
-from pipelines.corpus.listing import SourceFile
+from pipelines.corpus.fetch import read_listed
+from pipelines.corpus.labels import LABEL_BYTES, Label, is_text, read_any_label
+from pipelines.corpus.listing import SourceFile, check_names
+from pipelines.corpus.members import IMAGE_EXTENSIONS
 from pipelines.corpus.parallel import map_items
 from pipelines.corpus.quarantine import Rejected
 from pipelines.corpus.ranged import RangedFile
@@ -29,10 +28,10 @@ from pipelines.corpus.sources import SPLIT_NAMES, split_from_name
 __all__ = ["tar_entries"]
 
 log = logging.getLogger(__name__)
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-LABEL_BYTES = 1 << 20  # A .cls or .json beyond this is no label.
+IMAGES = (*IMAGE_EXTENSIONS, "gif", "bmp", "tif", "tiff")  # The others are told from what is no image.
 LONGEST_READ = LABEL_BYTES + 1024
 SPARSE = "GNU.sparse"  # Of a sparse file that tarfile does not know for one it takes the size that the header says.
+LEAVES = "leaves the archive"
 BLOCK = 512
 COLUMNS = ("path", "uri", "offset", "size", "etag", "split", "label")
 FEWEST_TARS = 8  # With fewer it is not worth while to ask the cluster.
@@ -43,6 +42,7 @@ def tar_entries(files: Sequence[SourceFile], num_workers: int | None = 0) -> Ent
     """Pass one over the tars: which image lies where. On any CPU of the cluster unless `num_workers` is 0."""
     entries = Entries()
     tars = [file for file in files if file.path.endswith(".tar")]
+    check_names(tars)
     entries.ignored["other"] = len(files) - len(tars)
     for tar, part in zip(tars, _scanned(tars, num_workers), strict=True):
         labels = [tuple(label) if isinstance(label, list) else label for label in part["label"]]
@@ -85,7 +85,7 @@ def _one_tar(file: SourceFile) -> Entries:
     sample: dict[str, tarfile.TarInfo] = {}
     prefix: str | None = None
     try:
-        ranged = RangedFile(file.size, lambda start, length: read_source(file.uri, file.etag, start, length))
+        ranged = RangedFile(file.size, lambda start, length: read_listed(file.uri, file.etag, start, length))
         # Of a local file the headers alone are read; in a bucket a request costs more than the bytes between them.
         raw = _Capped(ranged, BUFFER if store.is_s3(file.uri) else 2 * BLOCK)
         with tarfile.open(fileobj=raw, mode="r:") as tar:
@@ -100,12 +100,11 @@ def _one_tar(file: SourceFile) -> Entries:
                 ):
                     entries.ignored["tar_link_or_device"] += 1
                     continue
-                if _leaves(member.name):
-                    if member.name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS:
-                        where = f"{file.path}/{member.name}"
-                        entries.reject(where, split, "bad_name", "the member name leaves the archive")
+                if problem := _name_problem(member.name):
+                    if member.name.rpartition(".")[2].lower() in IMAGES:
+                        entries.reject(f"{file.path}/{member.name}", split, "bad_name", f"the member name {problem}")
                     else:
-                        entries.ignored["tar_member_outside"] += 1
+                        entries.ignored["tar_member_outside" if problem == LEAVES else "tar_member_not_utf8"] += 1
                     continue
                 own, _, extension = _cut(member.name)
                 if own != prefix:
@@ -118,8 +117,6 @@ def _one_tar(file: SourceFile) -> Entries:
             _check_end(file, raw, tar.offset, entries)
     except (tarfile.TarError, EOFError) as error:
         raise SourceError(f"{file.uri} is a damaged tar ({error}); repair it or take it out of the source") from None
-    except ImageRejected as error:
-        raise SourceError(f"cannot read {file.uri}: {error.detail}") from None
     return entries
 
 
@@ -130,8 +127,10 @@ def _cut(name: str) -> tuple[str, str, str]:
     return f"{folder}{slash}{stem}", dot, extension
 
 
-def _leaves(name: str) -> bool:
-    return name.startswith("/") or ".." in name.split("/")[:-1]
+def _name_problem(name: str) -> str:
+    if not is_text(name):
+        return "is not UTF-8"
+    return LEAVES if name.startswith("/") or ".." in name.split("/")[:-1] else ""
 
 
 class _Capped(io.BufferedReader):
@@ -164,7 +163,7 @@ def _add_sample(
 ) -> None:
     if prefix is None:
         return
-    extension = next((name for name in IMAGE_EXTENSIONS if name in sample), None)
+    extension = next((name for name in IMAGES if name in sample), None)
     if extension is None:
         entries.reject(f"{file.path}/{prefix}", split, "missing_image", f"members: {', '.join(sorted(sample))}")
         return
@@ -179,24 +178,12 @@ def _add_sample(
         entries.ignored[f"tar_member_{name}"] += 1
 
 
-def _label(tar: tarfile.TarFile, sample: dict[str, tarfile.TarInfo]) -> Any:
-    """.cls as a number or a name; else "label" of .json, else its "labels" as a tuple."""
-    for name in ("cls", "json"):
-        member = sample.get(name)
-        if member is None or member.size > LABEL_BYTES:
-            continue
-        stream = tar.extractfile(member)
-        try:
-            value = stream.read().decode().strip() if stream else ""
-            if name == "json":
-                described = json.loads(value)
-                value = described.get("label")
-                if value is None and "labels" in described:
-                    return parse_labels(json.dumps(described).encode())
-        except (ValueError, AttributeError):
-            continue
-        if isinstance(value, str) and value.isdecimal():
-            return int(value)
-        if isinstance(value, (str, int)) and not isinstance(value, bool) and value != "":
-            return value
-    return None
+def _label(tar: tarfile.TarFile, sample: Mapping[str, tarfile.TarInfo]) -> Label | None:
+    """KEY.json is not read where KEY.cls says it."""
+    label = read_any_label(_content(tar, sample.get("cls")), None)
+    return read_any_label(None, _content(tar, sample.get("json"))) if label is None else label
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo | None) -> bytes | None:
+    stream = tar.extractfile(member) if member is not None and member.size <= LABEL_BYTES else None
+    return stream.read() if stream is not None else None

@@ -11,15 +11,15 @@ from functools import lru_cache
 from typing import Any
 
 from pipelines import store
-from pipelines.corpus.adopt import IMAGE_EXTENSIONS
-from pipelines.corpus.adoption import scan_id
+from pipelines.corpus.adoption import scan_id, split_of
 from pipelines.corpus.changed import SHARD_NAME
 from pipelines.corpus.checks import check_image
-from pipelines.corpus.errors import ManifestError
+from pipelines.corpus.errors import CorpusError, ManifestError
 from pipelines.corpus.images import MAX_FILE_BYTES, ImageRejected
 from pipelines.corpus.labels import LABEL_BYTES, parse_labels, read_label
 from pipelines.corpus.manifest import Corpus, open_corpus
-from pipelines.corpus.members import Member, TarStream
+from pipelines.corpus.members import IMAGE_EXTENSIONS, Member, TarStream
+from pipelines.corpus.plan import load_plan
 from pipelines.corpus.rows import shard_rows
 
 __all__ = ["PROBLEMS", "Finding", "check_manifest", "check_shard", "stray_tars"]
@@ -92,8 +92,10 @@ def check_manifest(corpus: Corpus) -> Iterator[Finding]:
         yield Finding("manifest", "quarantine.parquet", str(error))
 
 
-def stray_tars(corpus: Corpus) -> tuple[list[Finding], int]:
-    """Tars beside the corpus that no version lists; and how many of them an unfinished run has planned."""
+def stray_tars(corpus: Corpus) -> tuple[list[Finding], int, int]:
+    """Tars beside the corpus that no version lists; how many of those an unfinished run has planned, how many a
+    finished one: what it made was a version already, over tars of an earlier run.
+    """
     versions = [corpus.digest]
     folder = store.join(corpus.uri, "manifests")
     versions += [info.uri.split("/")[-2] for info in store.list_objects(folder) if info.uri.endswith("/head.json")]
@@ -101,36 +103,59 @@ def stray_tars(corpus: Corpus) -> tuple[list[Finding], int]:
     for digest in dict.fromkeys(versions):
         one = open_corpus(f"{corpus.uri}@{digest}")
         known |= {one.shard_uri(shard) for shard in range(one.head.shards)}
-    plans = {
-        info.uri.split("/")[-2][:12]
-        for info in store.list_objects(store.join(corpus.uri, "plans"))
-        if info.uri.endswith("/plan.json")
-    }
+    plans = _list_plans(corpus.uri)
     is_adopted = corpus.head.recipe.get("stage") == "index"
     place = corpus.head.source if is_adopted else store.join(corpus.uri, "shards")
+    if is_adopted and place in known:  # Of one tar nothing is known about those beside it.
+        return [], 0, 0
     strays: list[Finding] = []
-    planned = 0
+    unlisted: Counter[str] = Counter()
     for info in store.list_objects(place):
         if not info.uri.endswith(".tar") or info.uri in known:
             continue
         name = info.uri.removeprefix(place.rstrip("/") + "/")
-        if any(f"-{plan}-" in name for plan in plans):
-            planned += 1
+        if (made := SHARD_NAME.search(name)) and made[1] in plans:
+            unlisted[plans[made[1]]] += 1
+            continue
+        if is_adopted and _has_no_sample(corpus, info, name):
             continue
         remedy = "`vit index` takes it in" if is_adopted else "delete it, or find out who put it there"
         strays.append(Finding("stray", name, f"{info.size:,} bytes that no version lists; {remedy}"))
-    return strays, planned
+    done = sum(count for plan, count in unlisted.items() if _is_finished(corpus.uri, plan))
+    return strays, unlisted.total() - done, done
+
+
+def _has_no_sample(corpus: Corpus, info: store.ObjectInfo, name: str) -> bool:
+    """Whether `vit index` has read this tar as it is now and found nothing in it to list."""
+    scan = _scan_of(info, name, split_of(name, corpus.head.recipe.get("split", "train")))
+    for place in _scans(corpus.uri):
+        try:
+            return int(store.read_json(store.join(place, f"{scan}.json"))["samples"]) == 0
+        except store.NotFound:
+            continue
+    return False
+
+
+def _is_finished(base: str, plan: str) -> bool:
+    """Whether every shard of a plan has left its record."""
+    uri = store.join(base, "plans", plan)
+    records = sum(info.uri.endswith(".json") for info in store.list_objects(store.join(uri, "shards")))
+    try:
+        return records == len(load_plan(uri).shards)
+    except (store.StoreError, CorpusError, KeyError):  # Of another release, or damaged: nothing is known.
+        return False
 
 
 # One tar --------------------------------------------------------------------------------------------------------------
 
 
-def check_shard(item: Mapping[str, Any], reference: str, deep: bool) -> dict[str, Any]:
-    """`item` names the shard by number. Returns {findings, counts, sha256, samples, bytes, written_again}.
+def check_shard(item: Mapping[str, Any], reference: str, deep: bool, run: str) -> dict[str, Any]:
+    """Returns {findings, counts, sha256, samples, bytes, written_again}.
 
+    `item` names the shard by number, `run` the verification: within one, a process opens the corpus once.
     Never raises for damage. `written_again`: the bytes are right, the ETag is not the one that the writer saw.
     """
-    corpus = _corpus(reference)
+    corpus = _corpus(reference, run)
     shard = int(item["shard"])
     row = {name: corpus.table[name][shard].as_py() for name in corpus.table.column_names}
     found = _Found()
@@ -177,14 +202,22 @@ def has_etag_of_writer(corpus: Corpus, shard: int, info: store.ObjectInfo) -> bo
         places = _scans(origin.uri)
     except store.NotFound:
         return None
+    scan = _scan_of(info, name, split)
+    return any(store.exists(store.join(place, f"{scan}.json")) for place in places) if places else None
+
+
+def _scan_of(info: store.ObjectInfo, path: str, split: str) -> str:
     # A local tar was listed without its inode.
     etag = info.etag if store.is_s3(info.uri) else info.etag.rpartition("-")[0]
-    scan = scan_id({"path": name, "size": info.size, "etag": etag, "split": split})
-    return any(store.exists(store.join(place, f"{scan}.json")) for place in places) if places else None
+    return scan_id({"path": path, "size": info.size, "etag": etag, "split": split})
 
 
 @lru_cache(maxsize=8)
 def _plans(base: str) -> dict[str, str]:
+    return _list_plans(base)
+
+
+def _list_plans(base: str) -> dict[str, str]:
     """Digests of the plans by their first digits."""
     found = [info.uri.split("/") for info in store.list_objects(store.join(base, "plans"))]
     return {parts[-2][:12]: parts[-2] for parts in found if parts[-1] == "plan.json"}
@@ -197,7 +230,7 @@ def _scans(base: str) -> list[str]:
 
 
 @lru_cache(maxsize=2)
-def _corpus(reference: str) -> Corpus:
+def _corpus(reference: str, run: str) -> Corpus:
     return open_corpus(reference)
 
 

@@ -37,8 +37,8 @@ class Part:
     labels: tuple[int, ...] | None = None  # New label of each class, -1: none, and its samples come 0 times.
 
 
-def write_view(base: str, parts: Sequence[Part], described: Description, rejected: Sequence[Rejected]) -> Corpus:
-    """Write the version below `base`, without making it current."""
+def write_view(base: str, parts: Sequence[Part], described: Description, rejected: Sequence[Rejected] | None) -> Corpus:
+    """Write the version below `base`, without making it current. `rejected`: as for `write_manifest`."""
     import pyarrow as pa
 
     sources: dict[SourceVersion, int] = {}

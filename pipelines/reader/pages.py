@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipelines.corpus.members import IMAGE_EXTENSIONS
 from pipelines.reader.fetch import PageSpan
 from pipelines.reader.labels import find_label, find_labels
 from pipelines.reader.tar import TarSample, walk
 
-__all__ = ["IMAGE_EXTENSIONS", "Sample", "SampleError", "samples_of_page"]
+__all__ = ["Sample", "SampleError", "samples_of_page"]
 
-IMAGE_EXTENSIONS = ("jpg", "png", "webp", "jpeg")
 NOTHING = memoryview(b"")
 
 

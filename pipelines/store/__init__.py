@@ -34,6 +34,7 @@ __all__ = [
     "read",
     "read_into",
     "read_json",
+    "remove_leftovers",
     "root",
     "stat",
     "upload",
@@ -127,6 +128,11 @@ def delete(uri: str) -> None:
         s3.delete(uri)
     else:
         Path(uri).unlink(missing_ok=True)
+
+
+def remove_leftovers(prefix: str) -> int:
+    """Half-written files of killed writers of this host, below a local folder. A bucket never shows any."""
+    return 0 if is_s3(prefix) else local.remove_leftovers(prefix)
 
 
 def read_json(uri: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -14,9 +15,20 @@ from stat import S_ISDIR, S_ISREG
 
 from pipelines.store.errors import Conflict, NotFound, ObjectInfo, StoreError, Unreadable, ends_early
 
-__all__ = ["TEMPORARY", "copy", "etag_of", "list_files", "read", "read_into", "replacing", "stat", "write"]
+__all__ = [
+    "TEMPORARY",
+    "copy",
+    "etag_of",
+    "list_files",
+    "read",
+    "read_into",
+    "remove_leftovers",
+    "replacing",
+    "stat",
+    "write",
+]
 
-TEMPORARY = ".part-"  # Local writes go to NAME.part-PID first; listings leave such names out.
+TEMPORARY = re.compile(r".+\.part-(\d+)-\d+")  # Writes go to NAME.part-PID-THREAD first; listings leave these out.
 
 
 def etag_of(status: os.stat_result) -> str:
@@ -76,15 +88,33 @@ def stat(uri: str) -> ObjectInfo:
 def list_files(folder: str) -> Iterator[ObjectInfo]:
     files = sorted((path for path in Path(folder).rglob("*") if path.is_file()), key=lambda path: path.as_posix())
     for path in files:
-        if TEMPORARY in path.name or path.name.endswith(".lock"):
+        if TEMPORARY.fullmatch(path.name) or path.name.endswith(".lock"):
             continue
         status = path.stat()
         yield ObjectInfo(path.as_posix(), status.st_size, etag_of(status))
 
 
+def remove_leftovers(folder: str) -> int:
+    """Delete what writers on this host left half-written when they were killed. Returns how many files."""
+    left = [path for path in Path(folder).rglob("*.part-*") if (of := TEMPORARY.fullmatch(path.name)) and _is_over(of)]
+    for path in left:
+        path.unlink(missing_ok=True)
+    return len(left)
+
+
+def _is_over(name: re.Match[str]) -> bool:
+    try:
+        os.kill(int(name[1]), 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        pass
+    return False
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    temporary = path.with_name(f"{path.name}{TEMPORARY}{os.getpid()}-{threading.get_ident()}")
+    temporary = path.with_name(f"{path.name}.part-{os.getpid()}-{threading.get_ident()}")
     try:
         yield temporary
         temporary.replace(path)

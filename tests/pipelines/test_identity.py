@@ -314,3 +314,28 @@ def test_a_result_of_nothing_says_so(runs: Path) -> None:
 def test_the_code_fingerprint_needs_no_git_and_is_stable() -> None:
     assert identity.code_fingerprint() == identity.code_fingerprint()
     assert len(identity.code_fingerprint().split("-")[0]) == 16
+
+
+@pytest.mark.parametrize("data", [b"{}", b"[]", b"null", b'{"token": "x"}'])
+def test_a_lease_object_that_is_none_is_named(data: bytes, tmp_path: Path) -> None:
+    uri = str(tmp_path / "lease.json")
+    store.write(uri, data)
+    with pytest.raises(store.StoreError, match=r"lease.json is no lease; if no other process writes there, delete it"):
+        identity.lease(uri, "toy").__enter__()
+
+
+def test_a_lease_whose_release_was_not_written_is_taken_again_by_the_same_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = str(tmp_path / "lease.json")
+    with monkeypatch.context() as patch, identity.lease(uri, "toy"):
+        with pytest.raises(Held), identity.lease(uri, "toy"):
+            pass
+
+        def full(*_: object, **__: object) -> str:
+            raise store.StoreError("no space left")
+
+        patch.setattr("pipelines.lease.store.write_json", full)
+    monkeypatch.undo()
+    with identity.lease(uri, "toy") as held:
+        assert held.attempt == 2

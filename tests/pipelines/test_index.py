@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tarfile
+from array import array
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,7 @@ from pipelines.reader.tar import walk
 from vit_model.preprocess import InputSpec, load_image
 
 from .corpus.foreign import Member, foreign_tar, sample, special, write_tars
-from .corpus.inputs import picture, png_header
+from .corpus.inputs import picture, png_header, tar_bytes
 
 SPEC = InputSpec(channels=3, height=8, width=8)
 LOCAL = ReaderConfig(backend="local", max_bad_fraction=0.0, on_bad="fail")
@@ -540,3 +541,20 @@ def test_packed_tars_are_refused_with_the_remedy_by_both_verbs(name: str, tmp_pa
         for call in (adopt, lambda path: open_source(str(path))):
             with pytest.raises(SourceError, match=r"is compressed: no range of it can be read, unpack it"):
                 call(place)
+
+
+def test_what_is_kept_of_each_tar_is_small_however_many_classes_and_pages_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines.corpus.scanned import ScannedTar
+
+    monkeypatch.setattr("pipelines.corpus.pages.PAGE_SAMPLES", 1)
+    members = [m for i in range(40) for m in ((f"{i}.png", picture(i)), (f"{i}.cls", str(3 + i).encode()))]
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "x.tar").write_bytes(tar_bytes(members))
+    made = adopt_tars(IndexRecipe(source=str(tmp_path / "t"), destination=str(tmp_path / "c"), num_workers=0)).corpus
+    assert len(made.class_names) == 43 and len(made.pages("train")) == 40
+    (stored,) = ((store.read_json(str(path))) for path in tmp_path.rglob("scans/*/*.json") if path.stem != "about")
+    assert stored["numbers"] == [3, 42] and len(stored["page_rows"]) == 40
+    scan = ScannedTar.from_json(stored)
+    assert scan.to_json() == stored and isinstance(scan.page_offset, array)

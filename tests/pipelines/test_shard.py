@@ -24,7 +24,7 @@ from pipelines.config import RecipeError, from_dict, load_recipe
 from pipelines.corpus.errors import CorpusError, ManifestError, QuarantineError, SourceError
 from pipelines.corpus.manifest import Corpus, open_corpus
 from pipelines.corpus.small import write_corpus
-from pipelines.identity import digest_of
+from pipelines.identity import deciding_fields, digest_of
 from pipelines.shard import ShardRecipe, make_corpus
 from pipelines.store.local import TEMPORARY
 
@@ -454,6 +454,47 @@ def test_the_same_recipe_and_images_give_the_digests_they_always_gave(tmp_path: 
 
 
 GOLDEN = ("8b4ec906fd280696", "851935bcfb588e54")  # Identity of the run, digest of the corpus.
+
+
+def test_only_recipes_whose_result_has_changed_have_another_version(tmp_path: Path) -> None:
+    from pipelines.corpus.sources import open_source
+
+    source = class_folders(tmp_path / "s", {"cat": 2, "dog": 2})
+    corpus = make_corpus(recipe(source, tmp_path / "c"))
+
+    def version(given: Path | str, **settings: Any) -> int:
+        return shard._version(recipe(Path("s"), tmp_path / "d", **settings), open_source(str(given)))
+
+    assert version(source) == version(corpus.reference, validate="header") == shard.VERSION
+    assert version(source, append=True) == version(corpus.reference) == shard.VERSION + 1
+    assert version(corpus.reference, validate="header", duplicates="quarantine") == shard.VERSION + 1
+    (source / "notes").mkdir()
+    (source / "notes" / "x.txt").write_text("no class")
+    assert version(source) == shard.VERSION + 1
+
+
+def test_the_order_of_splits_is_part_of_the_identity_where_it_is_not_the_usual_one() -> None:
+    def identity(**splits: float) -> str:
+        return digest_of(shard.STAGE, shard.VERSION, recipe(Path("s"), Path("/c"), splits=splits), {"source": "0"})
+
+    assert identity(train=0.8, test=0.2) != identity(test=0.2, train=0.8)
+    fields = deciding_fields(recipe(Path("s"), Path("/c"), splits={"train": 0.7, "val": 0.1, "test": 0.1, "b": 0.1}))
+    assert fields["splits"] == {"train": 0.7, "val": 0.1, "test": 0.1, "b": 0.1}  # As it always was.
+    fields = deciding_fields(recipe(Path("s"), Path("/c"), splits={"test": 0.2, "train": 0.8}))
+    assert fields["splits"] == [["test", 0.2], ["train", 0.8]]
+
+
+@pytest.mark.parametrize("made_with", ["header", "decode"])
+def test_images_of_a_corpus_are_decoded_where_the_recipe_says_so(made_with: str, tmp_path: Path) -> None:
+    source = class_folders(tmp_path / "s", {"cat": 60, "dog": 60}, ("PNG",))
+    data = bytearray(picture(4242))
+    place = data.index(b"IDAT") + 10
+    data[place : place + 40] = b"\xff" * 40
+    (source / "cat" / "broken.png").write_bytes(bytes(data))
+    corpus = make_corpus(recipe(source, tmp_path / "c", validate=made_with))
+    again = make_corpus(dataclasses.replace(recipe(Path("s"), tmp_path / "d"), source=corpus.reference))
+    assert again.splits == {"train": 120} and corpus.splits == {"train": 121 - (made_with == "decode")}
+    assert again.head.rejected == ({"corrupt": 1} if made_with == "header" else {})
 
 
 def test_one_class_and_no_class_are_refused(tmp_path: Path) -> None:

@@ -14,11 +14,13 @@ from PIL import Image
 
 from pipelines import show, store
 from pipelines.config import RecipeError, from_dict, parse
+from pipelines.corpus.grow import exclude
 from pipelines.corpus.manifest import Corpus
 from pipelines.corpus.small import write_corpus
-from pipelines.corpus.survey import difference_hash
+from pipelines.corpus.survey import difference_hash, survey
 from pipelines.index import adopt_tars
 from pipelines.show import ShowRecipe, make_report
+from pipelines.subset import SubsetRecipe, make_subset
 from tests.integration.browser import chromium, open_page
 
 from .corpus.foreign import write_tars
@@ -176,3 +178,19 @@ def test_the_report_is_in_the_mlflow_run_and_in_a_file(tmp_path: Path, stack: An
     assert result.run_id and "report.html" in [item.path for item in connect().list_artifacts(result.run_id)]
     output.unlink()
     assert show.run(recipe(corpus, output=str(output))).reused and output.exists()
+
+
+def test_withdrawn_images_and_what_a_subset_does_not_take_are_not_shown(tmp_path: Path) -> None:
+    images = [("train", "ab"[i % 2], f"{i}.jpg", drawing(i)) for i in range(40)]
+    corpus = write_corpus(tmp_path / "c", images)
+    left = exclude(f"{tmp_path / 'c'}@current", [f"{i}.jpg" for i in range(2, 40, 2)])
+    found = survey(left, classes=None, per_class=50, compared=50, side=32)
+    assert found.samples == left.splits["train"] == 21 and found.per_class["train"].tolist() == [1, 20]
+    assert [picture.row["source"] for picture in found.sheets[0]] == ["0.jpg"] and len(found.sheets[1]) == 20
+    assert found.compared == 21 and int(found.sides.sum()) == 21
+    assert "38.jpg" not in make_report(recipe(left), left)[0]
+    half = SubsetRecipe(corpus=corpus.reference, destination=str(tmp_path / "half"), fraction=0.5, materialise="never")
+    some = survey(made := make_subset(half, corpus), classes=None, per_class=2, compared=9, side=32)
+    assert (
+        some.samples == 20 and some.per_class["train"].tolist() == np.bincount(made.samples("train")["label"]).tolist()
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pipelines.corpus.manifest import Corpus, open_corpus
 from pipelines.corpus.small import write_corpus
 from pipelines.index import adopt_tars
 from pipelines.shard import ShardRecipe, make_corpus
+from pipelines.store import local
 from pipelines.verify import Verdict, VerifyRecipe, verify
 
 from .corpus.foreign import write_tars
@@ -54,6 +56,12 @@ def test_a_clean_corpus_is_clean(deep: bool, corpus: Corpus) -> None:
     assert verdict.findings == [] and verdict.counts == {}
     assert (verdict.samples, verdict.shards) == (corpus.head.samples, corpus.head.shards)
     assert verdict.bytes == corpus.head.bytes and verdict.written_again == 0
+
+
+def test_a_folder_may_have_an_at_in_its_name(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "me@host", IMAGES[:4], shard_samples=10)
+    assert check(tmp_path / "me@host").samples == 4
+    assert verify(VerifyRecipe(corpus=corpus.reference, num_workers=0)).samples == 4
 
 
 @pytest.fixture(params=["sharded", "adopted"])
@@ -95,6 +103,32 @@ def test_a_version_of_shards_that_others_hold_knows_their_etags(recorded: Corpus
     os.utime(tar(recorded, 1))
     verdict = check(Path(recorded.uri))
     assert verdict.counts == {} and verdict.written_again == 1
+
+
+@pytest.mark.parametrize("grown", [False, True])
+def test_the_manifest_is_read_once_however_many_tars_there_are(
+    grown: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines.corpus.grow import exclude
+
+    reads: list[Counter[str]] = []
+    for count in (8, 24):
+        corpus = write_corpus(tmp_path / str(count), IMAGES[:count], shard_samples=1)
+        if grown:
+            corpus = exclude(corpus.reference, [IMAGES[0][2]])
+        seen: Counter[str] = Counter()
+        with monkeypatch.context() as patch:
+            real = local.read
+
+            def read(uri: str, *rest: Any, real: Any = real, seen: Counter[str] = seen) -> bytes:
+                if "/manifests/" in uri:
+                    seen[uri.rpartition("/")[2]] += 1
+                return real(uri, *rest)
+
+            patch.setattr(local, "read", read)
+            assert check(Path(corpus.uri)).counts == {}
+        reads.append(seen)
+    assert reads[0] == reads[1]
 
 
 def flip_image_byte(corpus: Corpus) -> None:
@@ -205,6 +239,19 @@ def test_tars_that_an_unfinished_run_planned_are_no_strays(tmp_path: Path) -> No
     store.write_json(str(tmp_path / "c" / "plans" / digest / "plan.json"), {})
     verdict = check(tmp_path / "c")
     assert verdict.counts == {} and verdict.planned == 1
+
+
+def test_tars_that_the_index_did_not_take_or_could_not_use_are_no_strays(tmp_path: Path) -> None:
+    source = write_tars(tmp_path / "t", members=named)
+    first = sorted(source.rglob("*.tar"))[0]
+    adopt_tars(recipe(first, destination=str(tmp_path / "one")))
+    assert check(tmp_path / "one").counts == {}
+    (source / "empty.tar").write_bytes(bytes(10240))
+    assert adopt_tars(recipe(source, destination=str(tmp_path / "all"))).anomalies["no_sample"] == 1
+    assert check(tmp_path / "all").counts == {}
+    shutil.copy(first, source / "empty.tar")  # Now it holds something.
+    shutil.copy(first, source / "late.tar")
+    assert check(tmp_path / "all").counts == {"stray": 2}
 
 
 def test_the_command_says_what_it_found_and_ends_with_1(

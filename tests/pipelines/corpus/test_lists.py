@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import weakref
 from collections import Counter
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,10 +21,12 @@ from PIL import Image
 
 from pipelines import store
 from pipelines.config import from_dict
+from pipelines.corpus import lists
 from pipelines.corpus.errors import CorpusError, SourceError
 from pipelines.corpus.images import inspect_image
 from pipelines.corpus.manifest import Corpus, open_corpus
 from pipelines.corpus.resize import ResizeConfig, shrink
+from pipelines.corpus.sources import open_source
 from pipelines.shard import ShardRecipe, make_corpus
 
 from .inputs import class_folders, picture, tar_folder
@@ -87,6 +92,13 @@ def test_every_row_of_a_list_is_in_the_corpus_or_in_quarantine(tmp_path: Path) -
         ("uri,name\na,b\n", "neither `label` nor `labels`"),
         ("uri,label,labels\na,b,c\n", "both `label` and `labels`"),
         ("uri,label\nx.png,a\nx.png,b\n", "occurs twice"),
+        ('uri,label\nx.png,"a\nx.png,b\n', "cannot be read"),
+        ('uri,label\nx.png,"a\nx.png,"b"\nx.png,c\n', "cannot be read"),
+        ("uri\nx.png\n", "neither `label` nor `labels`"),
+        ("uri\nx.png,a\n", "row 1 has more fields than the header"),
+        ("uri,label\nx.png,a,b\n", "row 1 has more fields than the header"),
+        ("uri,label\nx.png,7\n./x.png,007\n", "'7' and '007', which are one class number"),
+        ("uri,label\nx.png,a\n", r"one class only \(a\); a classifier needs two or more$"),
     ],
 )
 def test_a_list_that_cannot_be_used_says_why(text: str, words: str, tmp_path: Path) -> None:
@@ -246,3 +258,95 @@ def test_a_list_of_far_too_many_splits_and_a_name_with_a_nul_are_told(tmp_path: 
     odd = [{"uri": "a\0.png", "label": "x"}, *({"uri": f"{i}.png", "label": "xy"[i]} for i in range(2))]
     corpus = shard(write_list(tmp_path / "odd.jsonl", odd), tmp_path / "c", max_bad_fraction=0.5)
     assert corpus.head.rejected == {"unreadable": 1}
+
+
+def quarantine(corpus: Corpus) -> dict[str, tuple[str, str]]:
+    return {row["source"]: (row["reason"], row["detail"]) for row in corpus.quarantine().to_pylist()}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_numbers_that_pandas_made_floats_are_class_numbers_and_their_gap_is_told(kind: str, tmp_path: Path) -> None:
+    rows = [{"uri": name, "label": float(i % 3)} for i, name in enumerate(images(tmp_path / "pics"))]
+    rows[0]["label"] = float("nan")
+    corpus = shard(write_list(tmp_path / f"list.{kind}", rows), tmp_path / "c", max_bad_fraction=0.1)
+    assert corpus.class_names == ("0", "1", "2") and corpus.splits == {"train": 23}
+    assert quarantine(corpus) == {"pics/000.png": ("missing_label", "the row of the list has none")}
+
+
+@pytest.mark.parametrize(
+    "value, words", [(True, "True is neither"), (-1, "-1 is"), ("-1", "'-1' is"), (["x"], "`labels`")]
+)
+def test_a_label_of_another_kind_is_quarantined_with_what_it_is(value: object, words: str, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"uri": name, "label": i % 3} for i, name in enumerate(images(tmp_path / "pics"))]
+    rows[5]["label"] = value
+    corpus = shard(write_list(tmp_path / "list.jsonl", rows), tmp_path / "c", max_bad_fraction=0.1)
+    assert corpus.class_names == ("0", "1", "2")
+    (reason, detail) = quarantine(corpus)["pics/005.png"]
+    assert reason == "missing_label" and words in detail
+
+
+def test_names_that_utf8_cannot_say_are_quarantined(tmp_path: Path) -> None:
+    rows = [{"uri": name, "label": "xy"[i % 2]} for i, name in enumerate(images(tmp_path / "pics"))]
+    rows[0]["label"] = "\ud800"
+    rows[1]["uri"] = "pics/\ud800.png"
+    corpus = shard(write_list(tmp_path / "list.jsonl", rows), tmp_path / "c", max_bad_fraction=0.1)
+    assert corpus.head.rejected == {"bad_name": 1, "missing_label": 1}
+    assert set(quarantine(corpus)) == {"pics/000.png", "pics/\\ud800.png"}
+
+
+def test_a_pipe_or_a_device_in_a_list_is_never_read(tmp_path: Path) -> None:
+    rows = [{"uri": name, "label": "xy"[i % 2]} for i, name in enumerate(images(tmp_path / "pics"))]
+    os.mkfifo(tmp_path / "pipe.png")
+    for number, name in enumerate(("pipe.png", "/dev/zero", ".")):
+        rows[number]["uri"] = name
+    corpus = shard(write_list(tmp_path / "list.csv", rows), tmp_path / "c", max_bad_fraction=0.2)
+    assert set(quarantine(corpus).values()) == {("unreadable", "a folder, a pipe or a device")}
+    assert corpus.head.rejected == {"unreadable": 3}
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_of_a_list_only_columns_are_kept(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most so many rows are alive at a time as are looked up together."""
+    (tmp_path / "pics").mkdir()
+    rows = [{"uri": f"pics/{i:05d}.png", "label": f"class{i % 3}"} for i in range(2000)]
+    for row in rows:
+        (tmp_path / row["uri"]).touch()
+    source = write_list(tmp_path / f"list.{kind}", rows)
+    monkeypatch.setattr("pipelines.corpus.lists.TOGETHER", 100)
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    most = 0
+
+    class Watched(dict[str, Any]):
+        __hash__ = object.__hash__  # type: ignore[assignment]
+
+    real = lists._rows
+
+    def watched(listed: Any) -> Iterator[Any]:
+        nonlocal most
+        for row in real(listed):
+            one = Watched(row)
+            alive.add(one)
+            most = max(most, len(alive))
+            yield one
+
+    monkeypatch.setattr(lists, "_rows", watched)
+    found = open_source(str(source))
+    assert 0 < most <= 202 and not isinstance(found.files, list)
+    assert list(found.entries().path) == [row["uri"] for row in rows]
+
+
+def test_a_line_of_jsonl_ends_where_json_says(tmp_path: Path) -> None:
+    """U+2028 stands in JSON text as it is, and is an end of line to str.splitlines()."""
+    rows = [{"uri": name, "label": f"a\u2028{i % 2}"} for i, name in enumerate(images(tmp_path / "pics"))]
+    path = tmp_path / "list.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    assert shard(path, tmp_path / "c").class_names == ("a\u20280", "a\u20281")
+
+
+@pytest.mark.parametrize("text", ['a.png,"cat\nb.png,dog\nc.png,"owl"\n', 'a.png,cat\nb.png,"dog\nc.png,owl\n'])
+def test_a_quote_that_is_not_closed_swallows_no_rows(text: str, tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.png").write_bytes(picture(ord(name)))
+    (tmp_path / "list.csv").write_text(f"uri,label\n{text}")
+    with pytest.raises(SourceError, match=r"list.csv cannot be read"):
+        shard(tmp_path / "list.csv", tmp_path / "c")

@@ -6,6 +6,7 @@ import pickle
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from pipelines import store
@@ -14,6 +15,7 @@ from pipelines.corpus.errors import CorpusError
 from pipelines.corpus.images import ImageRejected
 from pipelines.corpus.manifest import Corpus, ManifestError, corpus_digest, open_corpus
 from pipelines.corpus.parts import PART_ROWS
+from pipelines.corpus.rows import shard_rows
 from pipelines.corpus.small import write_corpus
 
 from .inputs import picture
@@ -88,11 +90,16 @@ def test_pages_lead_to_the_bytes_of_their_samples(corpus: Corpus) -> None:
 def test_the_sample_table_is_read_by_slices_of_several_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert PART_ROWS >= 100_000
     monkeypatch.setattr("pipelines.corpus.parts.PART_ROWS", 22)
+    monkeypatch.setattr("pipelines.corpus.parts.GROUP_ROWS", 5)
     corpus = write_corpus(tmp_path / "c", images(), shard_samples=7)
     assert len(list(tmp_path.rglob("samples/*.parquet"))) > 2
     for split in corpus.splits:
         sources = corpus.samples(split)["source"].to_pylist()
         assert sources == [path for own, _, path, _ in images() if own == split]
+    every = pa.concat_tables(corpus.samples(split) for split in corpus.splits)
+    for shard in range(corpus.head.shards):
+        origin, rows = shard_rows(open_corpus(corpus.reference), shard)
+        assert origin == corpus and rows.equals(every.filter(pc.equal(every["shard"], shard)))
 
 
 def test_the_digest_covers_content_classes_splits_and_pages_and_nothing_else(corpus: Corpus) -> None:
@@ -190,3 +197,35 @@ def test_the_small_writer_refuses_a_bad_image(tmp_path: Path) -> None:
     with pytest.raises(ImageRejected):
         write_corpus(tmp_path / "c", [("train", "a", "x.png", b"no image")])
     assert not (tmp_path / "c" / "current.json").exists()
+
+
+@pytest.mark.parametrize("data", [b"[]", b"{}", b"null", b'"x"', b'{"digest": 5}', b'{"digest": "../../x"}'])
+def test_a_damaged_current_json_is_named(data: bytes, corpus: Corpus) -> None:
+    store.write(f"{corpus.uri}/current.json", data)
+    with pytest.raises(ManifestError, match=r"pets/current.json is damaged: it names no digest"):
+        open_corpus("pets@current")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"class_names": None},
+        {"class_names": 5},
+        {"splits": {"train": 10}},
+        {"splits": [["train"]]},
+        {"splits": [["train", "many"]]},
+        {"bytes": "x"},
+        {"shards": None},
+        {"rejected": []},
+        {"sources": [{}]},
+    ],
+)
+def test_a_damaged_head_is_named(change: dict[str, object], corpus: Corpus) -> None:
+    uri = f"{corpus.uri}/manifests/{corpus.digest}/head.json"
+    head = store.read_json(uri)
+    store.write_json(uri, {name: value for name, value in (head | change).items() if value is not None})
+    with pytest.raises(ManifestError, match=r"head.json is damaged"):
+        open_corpus(corpus.reference)
+    store.write(uri, b"[]")
+    with pytest.raises(ManifestError, match=r"head.json is damaged: no JSON object"):
+        open_corpus(corpus.reference)

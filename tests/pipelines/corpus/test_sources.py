@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import gzip
 import io
 import os
 import shutil
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,10 @@ import pytest
 
 from pipelines.corpus.entries import Entries
 from pipelines.corpus.errors import SourceError
-from pipelines.corpus.fetch import Planned, fetch
+from pipelines.corpus.fetch import Planned, fetch, read_source
 from pipelines.corpus.idx import encode_png
 from pipelines.corpus.images import inspect_image
+from pipelines.corpus.listing import local_etag
 from pipelines.corpus.sources import open_source, split_from_name
 
 from .inputs import class_folders, idx_folder, idx_images, idx_labels, picture, tar_bytes, tar_folder
@@ -303,3 +306,81 @@ def test_a_source_that_changed_since_the_plan_is_an_error_by_name(kind: str, cha
     with pytest.raises(SourceError, match="gone since" if change == "gone" else "has changed since") as caught:
         list(fetch(kind, planned(entries)))
     assert str(victim) in str(caught.value)
+
+
+def test_links_that_lead_round_or_nowhere_are_counted(tmp_path: Path) -> None:
+    base = class_folders(tmp_path / "s", {"cat": 3, "dog": 3})
+    (base / "cat" / "self.png").symlink_to("self.png")
+    (base / "cat" / "gone.png").symlink_to(base / "dog" / "no.png")
+    (tmp_path / "x").symlink_to(tmp_path / "y")
+    (tmp_path / "y").symlink_to(tmp_path / "x")
+    (base / "dog" / "round.png").symlink_to(tmp_path / "x")
+    entries = open_source(str(base)).entries()
+    assert len(entries) == 6 and dict(entries.ignored) == {"broken_symlink": 3}
+
+
+@pytest.mark.parametrize("name", ["classes.txt", "train-labels-idx1-ubyte.gz", "train-images-idx3-ubyte.gz"])
+def test_a_file_of_idx_that_cannot_be_read_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = idx_folder(tmp_path / "s")
+    (base / "classes.txt").write_text("a\nb\nc\nd\n")
+    source = open_source(str(base))
+
+    def failing(status: os.stat_result) -> str:
+        if status.st_ino == (base / name).stat().st_ino:
+            raise OSError(5, "Input/output error")
+        return local_etag(status)
+
+    monkeypatch.setattr("pipelines.corpus.fetch.local_etag", failing)
+    with pytest.raises(SourceError, match=f"cannot read .*/{name}: Input/output error"):
+        source.entries()
+
+
+def test_a_class_that_is_named_twice_beside_idx_files_is_an_error(tmp_path: Path) -> None:
+    base = idx_folder(tmp_path / "s")
+    (base / "classes.txt").write_text("a\nb\nb\nc\n")
+    with pytest.raises(SourceError, match=r"classes.txt names 'b' twice"):
+        open_source(str(base)).entries()
+
+
+def test_a_file_is_read_no_further_than_its_size(tmp_path: Path) -> None:
+    device = Path("/dev/zero")
+    assert read_source(str(device), local_etag(device.stat())) == b""
+
+
+@pytest.mark.parametrize("name", ["train-labels-idx1-ubyte.gz", "train-images-idx3-ubyte.gz"])
+def test_a_packed_file_is_unpacked_no_further_than_its_header_says(name: str, tmp_path: Path) -> None:
+    base = idx_folder(tmp_path / "s")
+    data = gzip.decompress((base / name).read_bytes())
+    (base / name).write_bytes(gzip.compress(data + bytes(200_000_000), 1))
+    tracemalloc.start()
+    with pytest.raises(SourceError, match=f"{name} says 60 .*; fetch it again"):
+        entries = open_source(str(base)).entries()
+        list(fetch("idx", planned(entries)))
+    assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    tracemalloc.stop()
+    (base / name).write_bytes(gzip.compress(data)[:-20])
+    with pytest.raises(SourceError, match=name):
+        list(fetch("idx", planned(open_source(str(base)).entries())))
+
+
+@pytest.mark.parametrize("layout", ["{name}", "train/{name}"])
+def test_a_folder_without_an_image_is_no_class(layout: str, tmp_path: Path) -> None:
+    class_folders(tmp_path, {layout.format(name=name): 5 for name in ("cat", "dog")})
+    plain = open_source(str(tmp_path))
+    assert not plain.has_idle_folders
+    (tmp_path / "ImageSets").mkdir()
+    (tmp_path / "ImageSets" / "train.txt").write_text("cat/0000\n")
+    (tmp_path / layout.format(name="metadata")).mkdir()
+    (tmp_path / layout.format(name="metadata") / "info.json").write_text("{}")
+    (tmp_path / layout.format(name="cat") / "notes.txt").write_text("of a class")
+    source = open_source(str(tmp_path))
+    entries = source.entries()
+    assert source.has_idle_folders and set(entries.labels) == {"cat", "dog"} and len(entries) == 11
+    assert entries.ignored == {"folder_without_image": 2} and not entries.rejected
+
+
+def test_a_class_whose_images_have_no_endings_stays_a_class(tmp_path: Path) -> None:
+    class_folders(tmp_path, {"cat": 5, "dog": 5})
+    (tmp_path / "owl").mkdir()
+    (tmp_path / "owl" / "0001").write_bytes(picture(1))
+    assert set(open_source(str(tmp_path)).entries().labels) == {"cat", "dog", "owl"}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipelines import store
 from pipelines.config import RecipeError
 from pipelines.corpus.errors import CorpusError
 from pipelines.corpus.grow import exclude, versions
@@ -19,10 +22,13 @@ from pipelines.corpus.manifest import Corpus, open_corpus
 from pipelines.corpus.resize import ResizeConfig
 from pipelines.corpus.selection import first_per_class, random_fraction, repeat_factors, whole_times
 from pipelines.corpus.small import write_corpus
+from pipelines.identity import canonical, deciding_fields
 from pipelines.mix import MixPart, MixRecipe, make_mix
 from pipelines.reader.loader import AugmentConfig, ReaderConfig, eval_batches, train_batches
 from pipelines.shard import ShardRecipe, make_corpus
+from pipelines.store import local
 from pipelines.subset import SubsetRecipe, make_subset
+from pipelines.verify import VerifyRecipe, verify
 from vit_model.preprocess import InputSpec
 
 from .inputs import class_folders, picture, tar_bytes
@@ -144,6 +150,70 @@ def test_mixtures_join_label_spaces_by_name_and_weigh_whole_images(tmp_path: Pat
     )
     check_reading(mixed)
     check_reading(mixed, "test")
+
+
+def mixture(folder: Path, **corpora: MixPart) -> MixRecipe:
+    return MixRecipe(corpora=corpora, destination=str(folder), materialise="never", num_workers=0)
+
+
+def test_the_order_of_a_mixture_is_part_of_its_identity(tmp_path: Path) -> None:
+    one, two = write(tmp_path / "one", "bc"), write(tmp_path / "two", "ab", 24, first=500)
+    parts = {"one": MixPart(corpus=one.reference), "two": MixPart(corpus=two.reference)}
+    recipes = [
+        mixture(tmp_path / "m", **{name: parts[name] for name in order}) for order in (["one", "two"], ["two", "one"])
+    ]
+    corpora = {"one": one, "two": two}
+    made = [make_mix(given, {name: corpora[name] for name in given.corpora}) for given in recipes]
+    assert made[0].class_names == ("b", "c", "a") and made[1].class_names == ("a", "b", "c")
+    first, second = (canonical(deciding_fields(given)["corpora"]) for given in recipes)
+    assert first != second and first.startswith('{"one":')  # By name: as it always was.
+
+
+def test_weights_and_balance_multiply(tmp_path: Path) -> None:
+    one, two = write(tmp_path / "one", "ab", 2000), write(tmp_path / "two", "ab", 3000, first=5000)
+    given = mixture(
+        tmp_path / "m", one=MixPart(corpus=one.reference, weight=1.0), two=MixPart(corpus=two.reference, weight=1.0)
+    )
+    mixed = make_mix(dataclasses.replace(given, balance=0.6), {"one": one, "two": two})
+    labels = mixed.samples("train")["label"].to_pylist()
+    before = Counter(one.samples("train")["label"].to_pylist())
+    total = before + Counter(two.samples("train")["label"].to_pylist())
+    repeat = max(1.0, (0.6 / (total[1] / total.total())) ** 0.5)
+    wanted = (1.5 * before[1] + total[1] - before[1]) * repeat
+    assert labels.count(1) == pytest.approx(wanted, rel=0.03)
+
+
+def test_a_second_draw_knows_nothing_of_the_first() -> None:
+    ones = np.ones(100_000, np.uint8)
+    for seed in range(3):
+        assert whole_times(whole_times(ones, 1.3, seed), 1.3, seed).mean() == pytest.approx(1.69, rel=0.01)
+        assert whole_times(whole_times(ones, 1.5, seed), 1.25, seed).mean() == pytest.approx(1.875, rel=0.01)
+
+
+def test_copies_leave_a_mixture_and_what_stays_comes_as_often_as_before(tmp_path: Path) -> None:
+    one = class_folders(tmp_path / "a", {"cat": 10, "dog": 10})
+    (one / "cat" / "copy.png").write_bytes((one / "cat" / "0000.png").read_bytes())
+    two = tmp_path / "b"
+    for i in range(80):
+        (two / ("cat", "dog")[i % 2]).mkdir(parents=True, exist_ok=True)
+        (two / ("cat", "dog")[i % 2] / f"{i}.png").write_bytes(picture(5000 + i))
+    corpora = {"a": shard(one, tmp_path / "ca"), "b": shard(two, tmp_path / "cb")}
+    given = mixture(
+        tmp_path / "m", **{name: MixPart(corpus=one.reference, weight=1.0) for name, one in corpora.items()}
+    )
+    mixed = make_mix(given, corpora)
+
+    def often(corpus: Corpus) -> Counter[Any]:
+        return Counter(corpus.samples("train")["content"].to_pylist())
+
+    before, values = often(mixed), {"destination": str(tmp_path / "o"), "duplicates": "quarantine", "num_workers": 0}
+    after = make_corpus(ShardRecipe(source=mixed.reference, **values))  # type: ignore[arg-type]
+    assert after.head.rejected == {"duplicate": 1}
+    found = often(after)
+    assert found.keys() == before.keys() and max(found.values()) > 2
+    (fewer,) = (content for content, count in found.items() if count != before[content])
+    assert 0 < found[fewer] < before[fewer]
+    check_reading(after)
 
 
 def test_a_subset_can_be_made_of_a_mixture_and_gets_shards_of_its_own(tmp_path: Path) -> None:
@@ -352,3 +422,185 @@ def test_choices_that_cannot_be_are_refused(tmp_path: Path) -> None:
             ),
             {"a": corpus, "b": corpus},
         )
+
+
+@pytest.mark.parametrize("weight", [float("inf"), float("nan")])
+def test_a_weight_is_a_finite_number(weight: float) -> None:
+    with pytest.raises(ValueError, match=r"corpora.x.weight=(inf|nan): all have a finite weight above 0"):
+        MixRecipe(
+            corpora={"x": MixPart(corpus="x@current", weight=weight), "y": MixPart(corpus="y@current", weight=1.0)},
+            destination="m",
+        )
+
+
+@pytest.mark.parametrize("part", [{"classes": {}}, {"classes": {"b": "b"}}])
+def test_a_weighted_part_without_an_image_in_the_split_is_named(part: dict[str, Any], tmp_path: Path) -> None:
+    whole = write(tmp_path / "a")
+    test_only = write_corpus(tmp_path / "b", [("test", "ab"[i % 2], f"{i}.png", picture(i)) for i in range(8)])
+    corpora = {"x": whole, "y": test_only if "b" in part["classes"] else whole}
+    recipe = MixRecipe(
+        corpora={"x": MixPart(corpus="x@current", weight=1.0), "y": MixPart(corpus="y@current", weight=5.0, **part)},
+        destination=str(tmp_path / "m"),
+        num_workers=0,
+    )
+    with pytest.raises(CorpusError, match=r"corpora.y has a weight, and .* gives no image of split 'train'"):
+        make_mix(recipe, corpora)
+
+
+@pytest.mark.parametrize("name", ["mistyped", "photos@0123456789ab"])
+def test_withdrawing_from_what_is_no_corpus_leaves_nothing_behind(name: str, tmp_path: Path) -> None:
+    from pipelines.corpus.command import main
+
+    write(tmp_path / "photos")
+    (tmp_path / "list.txt").write_text("a/0.png\n")
+    with pytest.raises(CorpusError, match="no corpus"):
+        main(["exclude", str(tmp_path / name), str(tmp_path / "list.txt")], lambda: None)
+    assert {path.name for path in tmp_path.iterdir()} == {"photos", "list.txt"}
+
+
+def test_a_takedown_list_may_begin_with_a_byte_order_mark_and_must_be_utf8(tmp_path: Path) -> None:
+    from pipelines.corpus.command import main
+
+    corpus = write(tmp_path / "photos")
+    first, second = corpus.samples("train")["source"].to_pylist()[:2]
+    listed = tmp_path / "list.txt"
+    listed.write_bytes(b"\xef\xbb\xbf" + first.encode() + b"\r\n" + second.encode())
+    assert main(["exclude", str(tmp_path / "photos"), str(listed)], lambda: None) == 0
+    assert open_corpus(f"{corpus.uri}@current").head.rejected == {"withdrawn": 2}
+    listed.write_bytes(b"a/1.png\ncaf\xe9.png\n")
+    with pytest.raises(CorpusError, match=r"list.txt is not UTF-8 \(byte 11\)"):
+        main(["exclude", str(tmp_path / "photos"), str(listed)], lambda: None)
+
+
+def copied(folder: Path, duplicates: Any) -> Corpus:
+    source = class_folders(folder / "s", {"train/a": 4, "train/b": 4, "test/a": 2, "test/b": 2})
+    for number, name in enumerate(("train/b/copy.png", "test/a/leak.png")):
+        (source / name).write_bytes((source / "train" / "a" / f"000{2 * number}.png").read_bytes())
+    return make_corpus(
+        ShardRecipe(source=str(source), destination=str(folder / "c"), duplicates=duplicates, num_workers=0)
+    )
+
+
+def test_copies_are_counted_anew_when_images_are_withdrawn(tmp_path: Path) -> None:
+    corpus = copied(tmp_path, "keep")
+    assert corpus.head.duplicates == {"images": 2, "across_splits": 1, "across_classes": 1}
+    other = exclude(f"{corpus.uri}@current", ["train/a/0001.jpg"])
+    assert other.head.duplicates == corpus.head.duplicates
+    assert exclude(f"{corpus.uri}@current", ["train/a/0002.png"]).head.duplicates == {"images": 1, "across_classes": 1}
+
+
+def test_a_withdrawn_picture_that_comes_under_another_name_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    corpus = copied(tmp_path, "quarantine")
+    put_away = {row["source"] for row in corpus.quarantine().to_pylist()}
+    (hidden,) = put_away & {"train/a/0000.png", "train/b/copy.png"}
+    (shown,) = {"train/a/0000.png", "train/b/copy.png"} - put_away
+    made = exclude(f"{corpus.uri}@current", [hidden])
+    assert f"1 images of the same bytes as withdrawn ones go on coming, such as {shown}" in caplog.text
+    assert made.splits == corpus.splits and made.head.rejected == {"duplicate": 1, "withdrawn": 1}
+    caplog.clear()
+    made = exclude(f"{corpus.uri}@current", [hidden, shown])
+    assert "go on coming" not in caplog.text and made.head.rejected == {"duplicate": 1, "withdrawn": 2}
+    assert made.splits["train"] == corpus.splits["train"] - 1
+    assert open_corpus(f"{corpus.uri}@current").head == made.head
+
+
+def test_the_same_tars_appended_to_an_indexed_corpus_are_in_it(tmp_path: Path) -> None:
+    from pipelines.corpus.errors import CorpusError
+    from pipelines.index import IndexRecipe, adopt_tars
+
+    def tar(number: int, count: int = 20) -> None:
+        members = [
+            m for i in range(count) for m in ((f"{i}.png", picture(100 * number + i)), (f"{i}.cls", b"%d" % (i % 2)))
+        ]
+        (tmp_path / "t" / f"{number}.tar").write_bytes(tar_bytes(members))
+
+    def append() -> Corpus:
+        values = {"source": str(tmp_path / "t"), "destination": str(tmp_path / "c"), "append": True, "num_workers": 0}
+        return make_corpus(ShardRecipe(**values))
+
+    (tmp_path / "t").mkdir()
+    tar(0)
+    first = adopt_tars(IndexRecipe(source=str(tmp_path / "t"), destination=str(tmp_path / "c"), num_workers=0)).corpus
+    assert append().digest == first.digest
+    tar(1)
+    grown = append()
+    assert grown.splits == {"train": 40} and grown.head.ignored == {"in_parent": 20} and grown.head.duplicates == {}
+    (tmp_path / "t" / "0.tar").write_bytes((tmp_path / "t" / "1.tar").read_bytes())
+    with pytest.raises(CorpusError, match=r"20 images have changed .*0.tar/0.png"):
+        append()
+
+
+def test_a_long_line_of_versions_is_shown_in_order(tmp_path: Path) -> None:
+    corpus = write(tmp_path / "c")
+    digests = [corpus.digest, *(f"{i:064x}" for i in range(1500, 0, -1))]
+    head = corpus.head.to_json()
+    for parent, digest in pairwise(digests):
+        store.write_json(f"{corpus.uri}/manifests/{digest}/head.json", head | {"digest": digest, "parent": parent})
+    assert [one.digest for one in versions(corpus.uri)] == digests
+
+
+def test_rows_of_scattered_shards_of_another_version_are_read_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A subset that leaves out every other shard: the manifest behind it is opened once, not once for each."""
+    rows = [("train", "ab"[i % 2], f"{i}.png", picture(i)) for i in range(40)]
+    corpus = write_corpus(tmp_path / "c", rows, shard_samples=1)
+    made = exclude(corpus.reference, corpus.samples("train")["key"].to_pylist()[::2])
+    reads: Counter[str] = Counter()
+    real = local.read
+
+    def read(uri: str, *rest: Any) -> bytes:
+        reads[uri.rpartition("/")[2]] += 1
+        return real(uri, *rest)
+
+    monkeypatch.setattr(local, "read", read)
+    assert open_corpus(made.reference).samples("train").num_rows == 20
+    assert reads["head.json"] == 2 and sum(reads.values()) < 30
+
+
+def test_a_withdrawn_image_does_not_come_back_when_the_source_is_sharded_again(tmp_path: Path) -> None:
+    source = class_folders(tmp_path / "s", {"a": 6, "b": 6})
+
+    def make(**more: Any) -> Corpus:
+        return make_corpus(ShardRecipe(source=str(source), destination=str(tmp_path / "c"), num_workers=0, **more))
+
+    first = make()
+    withdrawn = exclude(f"{first.uri}@current", ["a/0001.jpg"])
+    (source / "b" / "new.png").write_bytes(picture(500))
+    assert make(append=True).splits == {"train": 12} == make().splits
+    assert withdrawn.splits == {"train": 11}
+    (source / "a" / "0001.jpg").unlink()
+    assert make().splits == {"train": 12}
+
+
+def test_a_mixture_of_parts_that_share_images_is_written_with_their_times_added(tmp_path: Path) -> None:
+    corpus = write(tmp_path / "c")
+    half = make_subset(
+        SubsetRecipe(corpus=corpus.reference, destination=str(tmp_path / "half"), fraction=0.5, materialise="never"),
+        corpus,
+    )
+
+    def mixed(materialise: Any, **classes: Any) -> Corpus:
+        parts = {"x": MixPart(corpus=corpus.reference), "y": MixPart(corpus=half.reference, **classes)}
+        name = str(tmp_path / f"mix-{materialise}")
+        recipe = MixRecipe(corpora=parts, destination=name, materialise=materialise, num_workers=0)
+        return make_mix(recipe, {"x": corpus, "y": half})
+
+    def often(one: Corpus, split: str) -> Counter[bytes]:
+        return Counter(one.samples(split)["content"].to_pylist())
+
+    view, written = mixed("never"), mixed("always")
+    for split in view.splits:
+        assert often(written, split) == often(view, split)
+    assert verify(VerifyRecipe(corpus=written.reference, num_workers=0)).counts == {}
+    with pytest.raises(CorpusError, match="give them different labels"):
+        mixed("always", classes={"a": "other"})
+
+
+def test_an_append_of_nothing_but_new_images_counts_none_as_known(tmp_path: Path) -> None:
+    corpus = write(tmp_path / "c")
+    source = class_folders(tmp_path / "s", {"x": 2, "y": 2})
+    grown = make_corpus(ShardRecipe(source=str(source), destination=corpus.uri, append=True, num_workers=0))
+    assert grown.head.samples == corpus.head.samples + 4 and grown.head.ignored == {}
