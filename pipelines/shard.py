@@ -1,12 +1,11 @@
-"""Stage `shard`: raw images in, a corpus (WebDataset tars and a versioned manifest) out. Plan first, manifest last."""
+"""Stage `shard`: raw images in, a corpus (WebDataset tars and a versioned manifest) out."""
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,13 +14,12 @@ from pipelines import identity, store
 from pipelines.config import Strict, how, input_
 from pipelines.corpus.resize import ResizeConfig
 from pipelines.identity import Attempt, StageResult
-from pipelines.progress import progress, say
+from pipelines.making import make_corpus, plan_source, write_shards
+from pipelines.progress import say
 
 if TYPE_CHECKING:
-    from pipelines.corpus.commit import ShardRecord
-    from pipelines.corpus.entries import Entries
-    from pipelines.corpus.manifest import Corpus, Head
-    from pipelines.corpus.plan import Listing, Plan
+    from pipelines.corpus.manifest import Corpus
+    from pipelines.corpus.plan import Plan
     from pipelines.corpus.sources import Source
 
 __all__ = ["STAGE", "VERSION", "ShardRecipe", "make_corpus", "run", "write_shards"]
@@ -29,7 +27,6 @@ __all__ = ["STAGE", "VERSION", "ShardRecipe", "make_corpus", "run", "write_shard
 STAGE = "shard"
 VERSION = 1
 MOST_LOOKED_AT = 32  # Tars of a finished corpus that are looked for before it is reused.
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,160 +95,26 @@ def run(recipe: ShardRecipe) -> StageResult:
 def _work(recipe: ShardRecipe, source: Source, attempt: Attempt) -> StageResult:
     from pipelines.tracking.run import track
 
-    with track(attempt, recipe, tags={"vit.source_kind": source.kind}) as run:
-        started = time.monotonic()
-        corpus = make_corpus(recipe, source, before_build=partial(_forget, attempt), before_commit=attempt.check)
-        metrics = _metrics(corpus, time.monotonic() - started)
-        run.set_tags({"vit.corpus": corpus.reference})
-        run.log_metrics(metrics, step=0)
-        if rejected := sum(corpus.head.rejected.values()):
-            run.log_text(_first_rejected(corpus), "quarantine.txt")
-            say(f"shard: {rejected:,} images are in quarantine; quarantine.parquet of the manifest lists them")
-        return attempt.result(uri=corpus.reference, run_id=run.id, metrics=metrics, **_details(corpus))
-
-
-def make_corpus(
-    recipe: ShardRecipe,
-    source: Source | None = None,
-    *,
-    keep: bool = True,
-    before_build: Callable[[Plan], None] = lambda plan: None,
-    before_commit: Callable[[], None] = lambda: None,
-) -> Corpus:
-    """The work itself, without identity and tracking. `keep` takes over shards that an earlier attempt finished."""
-    from pipelines.corpus.commit import current_etag, make_current, one_writer
-    from pipelines.corpus.grow import join_versions
-    from pipelines.corpus.manifest import corpus_base, open_corpus
-    from pipelines.corpus.sources import open_source
-    from pipelines.corpus.tiled import check_tiling
-
-    if recipe.jpeg == "tiled":
-        check_tiling()
-    source = source or open_source(recipe.source)
-    base = corpus_base(recipe.destination)
-    current = current_etag(base)
-    parent = open_corpus(f"{base}@current") if recipe.append else None
-    planned = _plan(recipe, source, base, parent)
-    if planned is None:
-        assert parent is not None
-        say(f"shard: {recipe.source} has no usable image that {parent.reference} has not")
-        return parent
-    with one_writer(base) as check:
-        corpus = write_shards(recipe, *planned, keep=keep, before_build=before_build)
-        if parent is not None:
-            corpus = join_versions(parent, corpus)
-        check()
-        before_commit()
-        make_current(base, corpus.digest, current)
-    return corpus
-
-
-def write_shards(
-    recipe: ShardRecipe,
-    plan: Plan | None = None,
-    listing: Listing | None = None,
-    *,
-    keep: bool = True,
-    before_build: Callable[[Plan], None] = lambda plan: None,
-) -> Corpus:
-    """The shards of a plan and their manifest, not made current; without one that of the recipe."""
-    from pipelines.corpus.commit import Records, commit
-    from pipelines.corpus.manifest import corpus_base
-    from pipelines.corpus.plan import freeze
-    from pipelines.corpus.quarantine import check_fraction
-    from pipelines.corpus.sources import open_source
-
-    base = corpus_base(recipe.destination)
-    if plan is None:
-        planned = _plan(recipe, open_source(recipe.source), base, None)
-        assert planned is not None
-        plan, listing = planned
-    assert listing is not None
-    total = plan.samples + len(plan.rejected)
-    check_fraction(plan.rejected, total, recipe.max_bad_fraction)
-    freeze(plan, listing)
-    del listing
-    before_build(plan)
-
-    records = Records()
-    rejected = list(plan.rejected)
-    done = kept = shards = 0
-    started = time.monotonic()
-    with progress("shard", plan.samples, "images") as bar:
-        for record, reused in _build(plan, recipe.num_workers, keep):
-            records.add(record)
-            shards += 1
-            rejected += record.rejected
-            kept += reused
-            done += plan.shards[record.number].rows
-            rate = done / (time.monotonic() - started)
-            bar.update(done, images_per_second=rate, shards=shards, rejected=len(rejected))
-            check_fraction(rejected, total, recipe.max_bad_fraction)
-    if kept:
-        say(f"shard: {kept} of {shards} shards were finished before and are kept")
-    corpus = commit(
-        base,
-        records,
-        class_names=plan.class_names,
-        current=None,
-        rejected=plan.rejected,
-        ignored=plan.ignored,
-        source=recipe.source,
-        recipe={name: value for name, value in identity.deciding_fields(recipe).items() if name != "destination"},
-        multi_label=plan.multi_label,
-        duplicates=recipe.duplicates,
-        is_current=False,
-    )
-    _tell(corpus.head)
-    return corpus
-
-
-def _entries(recipe: ShardRecipe, source: Source, parent: Corpus | None) -> tuple[Entries, tuple[str, ...] | None]:
-    """What the source holds, or of it what the parent has not; and the class names."""
-    from pipelines.corpus.errors import CorpusError
-    from pipelines.corpus.grow import only_new
-
-    if recipe.shuffle and source.kind != "tars":
-        raise CorpusError(
-            f"shuffle has no effect on {recipe.source}: only tars have an order of their own; leave it out"
-        )
-    entries = source.entries(min_classes=2 if parent is None else 1, num_workers=recipe.num_workers)
-    if parent is None:
-        return entries, recipe.classes
-    entries = only_new(entries, parent, source.kind)
-    old = parent.class_names
-    if entries.class_names is not None and entries.class_names[: len(old)] != old:
-        raise CorpusError(f"{recipe.source} names its classes otherwise than {parent.reference}; names must agree")
-    found = (
-        recipe.classes or entries.class_names or tuple(sorted(name for name in entries.labels if isinstance(name, str)))
-    )
-    entries.class_names = None
-    return entries, (*old, *(name for name in found if name not in old))
-
-
-def _plan(recipe: ShardRecipe, source: Source, base: str, parent: Corpus | None) -> tuple[Plan, Listing] | None:
-    """The plan and its listing; None if the parent has everything."""
-    from dataclasses import asdict
-
-    from pipelines.corpus.plan import make_plan
-
-    entries, classes = _entries(recipe, source, parent)
-    if not len(entries):
-        return None
-    return make_plan(
-        base,
-        entries,
-        kind=source.kind,
-        source=recipe.source,
-        seed=recipe.seed,
-        shard_bytes=recipe.shard_bytes,
-        splits=recipe.splits,
-        classes=classes,
-        validate=recipe.validate,
-        shuffle=recipe.shuffle,
-        resize=asdict(recipe.resize) if recipe.resize else None,
-        jpeg=recipe.jpeg,
-    )
+    # Planned while MLflow opens the run, but for a source that is itself read with Ray to be listed: its first error
+    # must be the one of the cluster, and Ray is started in the main thread.
+    began = time.monotonic()
+    with ThreadPoolExecutor(1) as beside:
+        planning = beside.submit(plan_source, recipe, source) if source.kind != "tars" else None
+        with track(attempt, recipe, tags={"vit.source_kind": source.kind}) as run:
+            corpus = make_corpus(
+                recipe,
+                source,
+                planned=planning.result if planning else None,
+                before_build=partial(_forget, attempt),
+                before_commit=attempt.check,
+            )
+            metrics = _metrics(corpus, time.monotonic() - began)
+            run.set_tags({"vit.corpus": corpus.reference})
+            run.log_metrics(metrics, step=0)
+            if rejected := sum(corpus.head.rejected.values()):
+                run.log_text(_first_rejected(corpus), "quarantine.txt")
+                say(f"shard: {rejected:,} images are in quarantine; quarantine.parquet of the manifest lists them")
+            return attempt.result(uri=corpus.reference, run_id=run.id, metrics=metrics, **_details(corpus))
 
 
 def _forget(attempt: Attempt, plan: Plan) -> None:
@@ -300,37 +163,6 @@ def _point_to(reference: str) -> None:
     except store.Conflict:
         raise CorpusError(f"{uri} was moved by another writer just now; run the same command again") from None
     say(f"shard: current is {digest[:12]} again" + (f", it was {former[:12]}" if former else ""))
-
-
-def _build(plan: Plan, num_workers: int | None, keep: bool) -> Iterator[tuple[ShardRecord, bool]]:
-    """Every shard of the plan: in order in this process, or as Ray Data finishes them."""
-    from pipelines.corpus.build import finished_numbers
-    from pipelines.corpus.commit import ShardRecord
-    from pipelines.corpus.parallel import map_items
-
-    known = finished_numbers(plan) if keep else frozenset[int]()
-    items = [{"number": shard.number, "keep": shard.number in known} for shard in plan.shards]
-    for _, done in map_items(_build_one, items, plan.uri, num_workers=num_workers):
-        yield ShardRecord.from_json(done["record"]), done["reused"]
-
-
-def _build_one(item: Mapping[str, Any], plan_uri: str) -> Mapping[str, Any] | Callable[[], Mapping[str, Any]]:
-    from pipelines.corpus.build import begin_shard
-
-    begun = begin_shard(plan_uri, item["number"], keep=item["keep"])
-    if callable(begun):
-        return lambda: {"record": begun().to_json(), "reused": False}
-    return {"record": begun.to_json(), "reused": True}
-
-
-def _tell(head: Head) -> None:
-    """What was left out and what is odd, in words; the same counts stand in the manifest and in MLflow."""
-    for kind, counts in {"rejected": head.rejected, "kept": head.noted, "ignored": head.ignored}.items():
-        if counts:
-            share = f" ({head.bad_fraction:.2%} bad)" if kind == "rejected" else ""
-            say(f"shard: {kind} " + ", ".join(f"{count:,} {name}" for name, count in counts.items()) + share)
-    if across := head.duplicates.get("across_splits"):
-        log.warning("%d images occur in more than one split: held-out figures will look better than they are", across)
 
 
 def _metrics(corpus: Corpus, seconds: float) -> dict[str, float]:

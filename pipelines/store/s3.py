@@ -38,6 +38,8 @@ def client(stall_seconds: float = STALL_SECONDS) -> Any:
             import boto3
             from botocore.config import Config
 
+            from pipelines.store.signing import hash_payload_once
+
             for other in [known for known in _clients if known[0] != key[0]]:
                 del _clients[other]
             _clients[key] = boto3.session.Session().client(
@@ -51,6 +53,7 @@ def client(stall_seconds: float = STALL_SECONDS) -> Any:
                     s3={"addressing_style": "path"} if os.environ.get("AWS_ENDPOINT_URL") else {},
                 ),
             )
+            hash_payload_once(_clients[key])
         return _clients[key]
 
 
