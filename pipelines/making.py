@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from pipelines.corpus.sources import Source
     from pipelines.shard import ShardRecipe
 
-__all__ = ["Planned", "make_corpus", "plan_source", "write_shards"]
+__all__ = ["make_corpus", "write_shards"]
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class Planned:
+class _Planned:
     """What a run is about to write."""
 
     current: str | None  # State of current.json when it began.
@@ -40,7 +40,7 @@ class Planned:
         return listing
 
 
-def plan_source(recipe: ShardRecipe, source: Source) -> Planned:
+def _plan_source(recipe: ShardRecipe, source: Source) -> _Planned:
     """Everything that is decided before anything is written. Raises CorpusError, SourceError."""
     from pipelines.corpus.commit import current_etag
     from pipelines.corpus.manifest import corpus_base, open_corpus
@@ -52,21 +52,21 @@ def plan_source(recipe: ShardRecipe, source: Source) -> Planned:
     current = current_etag(base)
     parent = open_corpus(f"{base}@current") if recipe.append else None
     plan, listing = _plan(recipe, source, base, parent) or (None, None)
-    return Planned(current, parent, plan, listing)
+    return _Planned(current, parent, plan, listing)
 
 
 def make_corpus(
     recipe: ShardRecipe,
     source: Source | None = None,
     *,
-    planned: Callable[[], Planned] | None = None,
     keep: bool = True,
     before_build: Callable[[Plan], None] = lambda plan: None,
+    meanwhile: Callable[[], None] = lambda: None,
     before_commit: Callable[[], None] = lambda: None,
 ) -> Corpus:
     """The work itself, without identity and tracking. `keep` takes over shards that an earlier attempt finished.
 
-    `planned` gives what `plan_source` gave for this recipe and source, where that was begun before.
+    `meanwhile` is called with each shard that is done; what it raises ends the work.
     """
     from pipelines.corpus.commit import make_current, one_writer
     from pipelines.corpus.grow import join_versions
@@ -74,14 +74,16 @@ def make_corpus(
     from pipelines.corpus.sources import open_source
 
     base = corpus_base(recipe.destination)
-    found = planned() if planned is not None else plan_source(recipe, source or open_source(recipe.source))
+    found = _plan_source(recipe, source or open_source(recipe.source))
     parent = found.parent
     if found.plan is None:
         assert parent is not None
         say(f"shard: {recipe.source} has no usable image that {parent.reference} has not")
         return parent
     with one_writer(base) as check:
-        corpus = write_shards(recipe, found.plan, found.take_listing(), keep=keep, before_build=before_build)
+        corpus = write_shards(
+            recipe, found.plan, found.take_listing(), keep=keep, before_build=before_build, meanwhile=meanwhile
+        )
         if parent is not None:
             corpus = join_versions(parent, corpus)
         check()
@@ -97,10 +99,12 @@ def write_shards(
     *,
     keep: bool = True,
     before_build: Callable[[Plan], None] = lambda plan: None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> Corpus:
     """The shards of a plan and their manifest, not made current; without one that of the recipe."""
     from pipelines.corpus.commit import Records, commit
     from pipelines.corpus.manifest import corpus_base
+    from pipelines.corpus.parts import RowCache
     from pipelines.corpus.plan import freeze
     from pipelines.corpus.quarantine import check_fraction
     from pipelines.corpus.sources import open_source
@@ -118,6 +122,7 @@ def write_shards(
     before_build(plan)
 
     records = Records()
+    rows = RowCache(base, plan.samples)
     rejected = list(plan.rejected)
     done = kept = shards = 0
     started = time.monotonic()
@@ -131,6 +136,8 @@ def write_shards(
             rate = done / (time.monotonic() - started)
             bar.update(done, images_per_second=rate, shards=shards, rejected=len(rejected))
             check_fraction(rejected, total, recipe.max_bad_fraction)
+            rows.read_ahead(record)
+            meanwhile()
     if kept:
         say(f"shard: {kept} of {shards} shards were finished before and are kept")
     corpus = commit(
@@ -145,6 +152,7 @@ def write_shards(
         multi_label=plan.multi_label,
         duplicates=recipe.duplicates,
         is_current=False,
+        rows=rows,
     )
     _tell(corpus.head)
     return corpus

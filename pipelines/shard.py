@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +15,7 @@ from pipelines import identity, store
 from pipelines.config import Strict, how, input_
 from pipelines.corpus.resize import ResizeConfig
 from pipelines.identity import Attempt, StageResult
-from pipelines.making import make_corpus, plan_source, write_shards
+from pipelines.making import make_corpus, write_shards
 from pipelines.progress import say
 
 if TYPE_CHECKING:
@@ -95,26 +96,33 @@ def run(recipe: ShardRecipe) -> StageResult:
 def _work(recipe: ShardRecipe, source: Source, attempt: Attempt) -> StageResult:
     from pipelines.tracking.run import track
 
-    # Planned while MLflow opens the run, but for a source that is itself read with Ray to be listed: its first error
-    # must be the one of the cluster, and Ray is started in the main thread.
     began = time.monotonic()
-    with ThreadPoolExecutor(1) as beside:
-        planning = beside.submit(plan_source, recipe, source) if source.kind != "tars" else None
-        with track(attempt, recipe, tags={"vit.source_kind": source.kind}) as run:
+    # MLflow opens the run while the plan is made and the first shards are. Nothing is committed without it.
+    with ExitStack() as stack, ThreadPoolExecutor(1) as beside:
+        opening = beside.submit(stack.enter_context, track(attempt, recipe, tags={"vit.source_kind": source.kind}))
+
+        def check_opening() -> None:
+            if opening.done():
+                opening.result()
+
+        def check() -> None:
+            opening.result()
+            attempt.check()
+
+        try:
             corpus = make_corpus(
-                recipe,
-                source,
-                planned=planning.result if planning else None,
-                before_build=partial(_forget, attempt),
-                before_commit=attempt.check,
+                recipe, source, before_build=partial(_forget, attempt), meanwhile=check_opening, before_commit=check
             )
-            metrics = _metrics(corpus, time.monotonic() - began)
-            run.set_tags({"vit.corpus": corpus.reference})
-            run.log_metrics(metrics, step=0)
-            if rejected := sum(corpus.head.rejected.values()):
-                run.log_text(_first_rejected(corpus), "quarantine.txt")
-                say(f"shard: {rejected:,} images are in quarantine; quarantine.parquet of the manifest lists them")
-            return attempt.result(uri=corpus.reference, run_id=run.id, metrics=metrics, **_details(corpus))
+        finally:
+            wait([opening])  # What is not yet entered cannot be left.
+        run = opening.result()
+        metrics = _metrics(corpus, time.monotonic() - began)
+        run.set_tags({"vit.corpus": corpus.reference})
+        run.log_metrics(metrics, step=0)
+        if rejected := sum(corpus.head.rejected.values()):
+            run.log_text(_first_rejected(corpus), "quarantine.txt")
+            say(f"shard: {rejected:,} images are in quarantine; quarantine.parquet of the manifest lists them")
+        return attempt.result(uri=corpus.reference, run_id=run.id, metrics=metrics, **_details(corpus))
 
 
 def _forget(attempt: Attempt, plan: Plan) -> None:
@@ -130,8 +138,6 @@ def _forget(attempt: Attempt, plan: Plan) -> None:
 
 def lost_object(result: StageResult) -> str | None:
     """Looks for the manifest's head and for some of the tars, however many there are."""
-    from concurrent.futures import ThreadPoolExecutor
-
     from pipelines.corpus.manifest import ManifestError, open_corpus
 
     try:

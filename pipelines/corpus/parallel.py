@@ -17,7 +17,7 @@ from pipelines.corpus.errors import CorpusError
 __all__ = ["map_items"]
 
 MAX_TASKS = 2048  # Tasks of one execution; with more items than that a task takes several.
-ITEMS = 4  # Most of a task: from the second on, finishing one goes on beside the work on the next.
+ITEMS = 8  # Most of a task: from the second on, finishing one goes on beside the work on the next.
 Work = Callable[..., Mapping[str, Any] | Callable[[], Mapping[str, Any]]]
 
 
@@ -64,13 +64,13 @@ def map_items(
 def _cuts(items: int, cpus: int, num_workers: int | None) -> list[int]:
     """Where the items are cut into tasks: long ones first, short ones last, so that all CPUs end together.
 
-    Guided self-scheduling (Polychronopoulos, Kuck 1987): a task takes its CPU's share of half of what is left.
+    Guided self-scheduling (Polychronopoulos, Kuck 1987): a task takes two thirds of its CPU's share of what is left.
     """
     slots = max(1, min(cpus, num_workers or cpus))
     most = max(ITEMS, -(-items // MAX_TASKS))
     cuts = [0]
     while (left := items - cuts[-1]) > 0:
-        cuts.append(cuts[-1] + min(most, -(-left // (2 * slots))))
+        cuts.append(cuts[-1] + min(most, -(-2 * left // (3 * slots))))
     return cuts
 
 
