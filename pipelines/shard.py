@@ -94,9 +94,11 @@ def run(recipe: ShardRecipe) -> StageResult:
 
 
 def _work(recipe: ShardRecipe, source: Source, attempt: Attempt) -> StageResult:
+    from pipelines.tracking.client import connect
     from pipelines.tracking.run import track
 
     began = time.monotonic()
+    connect()  # Imports MLflow here: two threads that import at once may meet in half a package.
     # MLflow opens the run while the plan is made and the first shards are. Nothing is committed without it.
     with ExitStack() as stack, ThreadPoolExecutor(1) as beside:
         opening = beside.submit(stack.enter_context, track(attempt, recipe, tags={"vit.source_kind": source.kind}))
