@@ -1,13 +1,16 @@
 """`vit shard` beside a bare loop and beside Ray Data's own writer; its memory; a manifest of 303 million images.
 
-    python benchmarks/shard.py [--quick] [--only speed memory manifest] [--output FILE]
+    python benchmarks/shard.py [--quick] [--only speed scale memory manifest] [--output FILE]
 
 Loose JPEG photos on local disk go to the embedded object store, on a warm Ray cluster, timed from `run()` to the
 manifest. The bare loop is two processes that read, hash and PUT the same bytes in objects of one shard's size; with
 `decode` they also decode each photo. Rounds are interleaved; a ratio is the median over the rounds.
 
+`scale` is the same job (decode) to a local folder with one worker and with two: to the store the store itself, which
+shares the cores, would be measured.
+
 The last line is one JSON object {claim: number}: `vs_bare_loop` is the lower of header and decode, `memory_growth` the
-peak at ten times the input over the peak at once.
+peak at ten times the input over the peak at once, `two_workers` the rate of two workers over that of one.
 """
 
 from __future__ import annotations
@@ -32,8 +35,12 @@ import psutil
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 from inputs.photos import write_folders  # noqa: E402
+from large_manifest import manifest  # noqa: E402
 
 PROCESSES = 2
+DISTINCT = 60  # Photos; files of one photo differ in a comment.
+WARM_BYTES = 20_000_000
+QUICK_BYTES = 200_000_000
 
 
 def say(text: str) -> None:
@@ -144,19 +151,30 @@ def ray_write(folder: Path, prefix: str) -> float:
     return time.perf_counter() - began
 
 
+def warm_up(work: Path) -> None:
+    """Workers start, packages are imported, connections are made: a little input in several shards does it."""
+    from pipelines import store
+
+    folder = work / "warm"
+    write_folders(folder, WARM_BYTES, distinct=DISTINCT)
+    for number in range(2):
+        shard_seconds(folder, f"warm-{number}", validate="decode", shard_bytes=WARM_BYTES // 8)
+    ray_write(folder, f"{store.root()}/ray/warm")
+    shutil.rmtree(folder)
+
+
 def speed(folder: Path, work: Path, rounds: int, size: int, shuffle: bool) -> dict[str, float]:
     from pipelines import store
     from pipelines.corpus.manifest import open_corpus
 
     root = store.root()
     total = sum(path.stat().st_size for path in folder.rglob("*.jpg"))
-    shard_seconds(folder, "warm", validate="decode", shard_bytes=size)  # Workers start, packages are imported.
-    ray_write(folder, f"{root}/ray/warm")
     tars = work / "tars"
-    corpus = open_corpus("warm@current")
     names = ["bare_header", "header", "bare_decode", "decode", "ray_write"]
     if shuffle:
         names.append("global_shuffle")
+        shard_seconds(folder, "loose", validate="header", shard_bytes=size)
+        corpus = open_corpus("loose@current")
         for shard in range(len(corpus.shards)):
             store.download(corpus.shard_uri(shard), tars / corpus.shards[shard].name)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -227,13 +245,10 @@ class Peak:
 
 
 def memory(work: Path, small: int, shard_bytes: int, validate: str) -> dict[str, float]:
-    folder = work / "memory-warm"
-    write_folders(folder, small // 2, distinct=60)
-    shard_seconds(folder, "memory-warm", validate=validate, shard_bytes=shard_bytes // 10)
     peaks = []
     for name, size in (("once", small), ("ten", 10 * small)):
         folder = work / f"memory-{name}"
-        write_folders(folder, size, distinct=60)
+        write_folders(folder, size, distinct=DISTINCT)
         with Peak() as peak:
             shard_seconds(folder, f"memory-{name}", validate=validate, shard_bytes=shard_bytes)
         shutil.rmtree(folder)
@@ -242,83 +257,18 @@ def memory(work: Path, small: int, shard_bytes: int, validate: str) -> dict[str,
     return {"memory_growth": peaks[1] / peaks[0]}
 
 
-# A large manifest ---------------------------------------------------------------------------------------------------
-
-
-def manifest(images: int) -> dict[str, float]:
-    """Write and open, in a process of its own, the manifest of so many images at 1,010 a shard and 20 a page."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_manifest, args=(images, theirs))
-    process.start()
-    found: dict[str, float] = ours.recv()
-    process.join()
-    say(
-        f"manifest: {images:>11,} images  {found['pages']:>10,.0f} pages  written {found['write']:.2f} s"
-        f"  opened {found['open']:.2f} s  peak {found['rss'] / 1e6:,.0f} MB  {found['size'] / 1e6:,.1f} MB on disk"
-    )
-    return found
-
-
-def _manifest(images: int, answer: Any) -> None:
-    import resource
-
-    import numpy as np
-    import pyarrow as pa
-
-    from pipelines.corpus.commit import Description, write_manifest
-    from pipelines.corpus.manifest import open_corpus
-    from pipelines.corpus.records import GROUP_SHARDS, Records, shard_pieces
-
-    per_shard = min(1010, images)
-    shards = max(1, images // per_shard)
-    pages = -(-per_shard // 20)
-    rng = np.random.default_rng(0)
-    records = Records()
-    for first in range(0, shards, GROUP_SHARDS):
-        numbers = np.arange(first, min(first + GROUP_SHARDS, shards))
-        ends = (np.arange(len(numbers) + 1) * pages).astype(np.int32)
-        rows = np.full(len(numbers) * pages, 20, np.uint16)
-        rows[pages - 1 :: pages] = per_shard - 20 * (pages - 1)
-        lengths = rng.integers(1_900_000, 2 << 20, len(rows)).astype(np.uint32)
-        count = len(numbers)
-        records.add_table(
-            pa.table(
-                {
-                    "number": pa.array(numbers, pa.int64()),
-                    "name": pa.array([f"train-0123456789ab-{number:06d}.tar" for number in numbers]),
-                    "split": pa.array(["train"] * count),
-                    "bytes": pa.array(np.add.reduceat(lengths, ends[:-1], dtype=np.int64)),
-                    "samples": pa.array(np.full(count, per_shard, np.int32)),
-                    "sha256": pa.array([hashlib.sha256(b"%d" % number).hexdigest() for number in numbers]),
-                    "page_length": pa.ListArray.from_arrays(ends, pa.array(lengths)),
-                    "page_rows": pa.ListArray.from_arrays(ends, pa.array(rows)),
-                    "page_offset": pa.nulls(count, pa.list_(pa.int64())),
-                    "uri": pa.nulls(count, pa.string()),
-                    "times": pa.array(np.ones(count, np.int32)),
-                    "rows": pa.array([""] * count),
-                }
-            )
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        began = time.perf_counter()
-        _, table = records.ordered()
-        made = write_manifest(
-            folder,
-            lambda names: shard_pieces(table, columns=names),
-            Description(class_names=tuple(map(str, range(1000)))),
-            [],
-        )
-        wrote = time.perf_counter() - began
-        size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
-        del table, records
-        began = time.perf_counter()
-        corpus = open_corpus(made.reference)
-        found = corpus.pages("train")
-        assert found[len(found) - 1].first_row + int(found.rows[-1]) == shards * per_shard
-        opened = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    answer.send({"pages": len(found), "write": wrote, "open": opened, "rss": peak, "size": size})
+def scale(folder: Path, work: Path, rounds: int, size: int) -> dict[str, float]:
+    """One worker and two."""
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    total = sum(path.stat().st_size for path in folder.rglob("*.jpg"))
+    for number in range(rounds):
+        for workers in (1, 2) if number % 2 == 0 else (2, 1):
+            target = work / f"scale-{number}-{workers}"
+            seconds = shard_seconds(folder, str(target), validate="decode", shard_bytes=size, num_workers=workers)
+            shutil.rmtree(target)
+            rates[workers].append(total / 1e6 / seconds)
+        say("  ".join(f"{workers} workers {found[-1]:.0f} MB/s" for workers, found in rates.items()))
+    return {"two_workers": statistics.median(two / one for one, two in zip(rates[1], rates[2], strict=True))}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -327,18 +277,18 @@ def _manifest(images: int, answer: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="less input, one round, no manifest: about a minute")
-    parser.add_argument("--only", nargs="+", choices=["speed", "memory", "manifest"], default=None)
+    parser.add_argument("--only", nargs="+", choices=["speed", "scale", "memory", "manifest"], default=None)
     parser.add_argument("--rounds", type=int, default=None)
     parser.add_argument("--output", type=Path, help="write the claims as JSON")
     options = parser.parse_args()
-    parts = options.only or (["speed", "memory"] if options.quick else ["speed", "memory", "manifest"])
+    parts = options.only or (["speed", "memory"] if options.quick else ["speed", "scale", "memory", "manifest"])
     claims: dict[str, float] = {}
     if "manifest" in parts:
         for images in (10**4, 10**6) if options.quick else (10**4, 10**5, 10**6, 10**7, 10**8):
             manifest(images)
         largest = manifest(303_000_000)
         claims |= {"manifest_seconds": largest["write"] + largest["open"], "manifest_mb": largest["rss"] / 1e6}
-    if {"speed", "memory"} & set(parts):
+    if {"speed", "scale", "memory"} & set(parts):
         claims |= on_stack(parts, options.quick, options.rounds or (1 if options.quick else 3))
     if options.output:
         options.output.write_text(json.dumps({"cores": os.cpu_count(), **claims}, indent=1))
@@ -358,12 +308,19 @@ def on_stack(parts: list[str], quick: bool, rounds: int) -> dict[str, float]:
     os.environ["PYTHONPATH"] = str(Path(__file__).parent.parent)
     os.environ["RAY_AUTH_MODE"] = "token"
     claims: dict[str, float] = {}
+    began = time.perf_counter()
     try:
         endpoints.ensure()
-        if "speed" in parts:
+        say(f"the stack is up after {time.perf_counter() - began:.0f} s")
+        warm_up(work)
+        if {"speed", "scale"} & set(parts):
             folder = work / "photos"
-            write_folders(folder, 200_000_000 if quick else 1_000_000_000, distinct=60)
-            claims |= speed(folder, work, rounds, 10_000_000 if quick else 50_000_000, shuffle=not quick)
+            size, shard_bytes = (QUICK_BYTES, 10_000_000) if quick else (1_000_000_000, 50_000_000)
+            write_folders(folder, size, distinct=DISTINCT)
+            if "speed" in parts:
+                claims |= speed(folder, work, rounds, shard_bytes, shuffle=not quick)
+            if "scale" in parts:
+                claims |= scale(folder, work, rounds, shard_bytes)
             shutil.rmtree(folder)
         if "memory" in parts:
             claims |= memory(work, *((10**8, 10**7, "header") if quick else (10**9, 10**8, "decode")))

@@ -17,7 +17,7 @@ from pipelines.corpus.errors import CorpusError, ManifestError, QuarantineError
 from pipelines.corpus.head import Head, SourceVersion
 from pipelines.corpus.layout import digest_shards
 from pipelines.corpus.manifest import Corpus, manifest_uri
-from pipelines.corpus.parts import RowParts, write_table
+from pipelines.corpus.parts import RowCache, RowParts, write_table
 from pipelines.corpus.quarantine import Rejected, bad_fraction, count_reasons, quarantine_table
 from pipelines.corpus.records import Records, ShardRecord, order_splits, shard_pieces
 from pipelines.corpus.whole import lost_piece
@@ -98,24 +98,26 @@ def commit(
     multi_label: bool = False,
     duplicates: Literal["keep", "quarantine"] = "keep",
     is_current: bool = True,
+    rows: RowCache | None = None,
 ) -> Corpus:
     """Write the manifest of these shards and make it the current version.
 
     `rejected` are images that never reached a shard; those that were found bad on the way are in the records.
-    `current` is what `current_etag` said when the work began. `tables` are written beside the manifest as NAME.parquet.
+    `rows` has read some of the sample rows before. `current` is what `current_etag` said when the work began. `tables`
+    are written beside the manifest as NAME.parquet.
     """
     records = records if isinstance(records, Records) else Records(records)
     _, shards = records.ordered()
     everything_rejected = [*rejected, *records.rejected]
     if not shards.num_rows:
         raise QuarantineError(f"no image is left of {len(everything_rejected):,}: {count_reasons(everything_rejected)}")
-    rows = RowParts(base, shards)
-    equal = rows.duplicates()
+    parts = RowParts(base, shards, rows)
+    equal = parts.duplicates()
     often: list[int] = shards["times"].to_pylist()
     times = [None if n == 1 else bytes([n]) for n in often]
     if duplicates == "quarantine" and len(equal.extra):
-        times = rows.times(equal.extra, often)
-        everything_rejected += rows.rejected(equal)
+        times = parts.times(equal.extra, often)
+        everything_rejected += parts.rejected(equal)
     corpus = write_manifest(
         base,
         lambda names: shard_pieces(shards, times if any(times) else None, names),
@@ -130,7 +132,7 @@ def commit(
             recipe=recipe or {},
         ),
         everything_rejected,
-        rows=rows,
+        rows=parts,
         tables=tables or {},
     )
     if is_current:

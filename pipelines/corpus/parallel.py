@@ -17,7 +17,7 @@ from pipelines.corpus.errors import CorpusError
 __all__ = ["map_items"]
 
 MAX_TASKS = 2048  # Tasks of one execution; with more items than that a task takes several.
-ITEMS = 4  # Of a task, if there are enough: from the second on, finishing one goes on beside the work on the next.
+ITEMS = 8  # Most of a task: from the second on, finishing one goes on beside the work on the next.
 Work = Callable[..., Mapping[str, Any] | Callable[[], Mapping[str, Any]]]
 
 
@@ -45,23 +45,33 @@ def map_items(
     # Our own bar says more, and Ray Data logs the trace of an error that we report ourselves.
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    from pipelines.corpus.prompt import Prompt
+
     table = pa.table({"number": list(range(len(items))), "item": [json.dumps(item) for item in items]})
-    tasks = _tasks(len(items), int(ray.cluster_resources().get("CPU", 1)), num_workers)
-    cuts = [len(items) * i // tasks for i in range(tasks + 1)]
+    cuts = _cuts(len(items), int(ray.cluster_resources().get("CPU", 1)), num_workers)
     blocks = [table.slice(low, high - low) for low, high in pairwise(cuts)]
     done = ray.data.from_arrow(blocks).map_batches(
         _run_batch, fn_args=(work, arguments), batch_size=None, concurrency=num_workers
     )
+    context = done.context  # The dataset's own copy: nothing changes for other users of this process.
+    context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, Prompt]
     for row in done.iter_rows():
         if row["error"]:
             raise CorpusError(row["error"])
         yield row["number"], json.loads(row["result"])
 
 
-def _tasks(items: int, cpus: int, num_workers: int | None) -> int:
-    """As many for each CPU, so that all end together."""
+def _cuts(items: int, cpus: int, num_workers: int | None) -> list[int]:
+    """Where the items are cut into tasks: long ones first, short ones last, so that all CPUs end together.
+
+    Guided self-scheduling (Polychronopoulos, Kuck 1987): a task takes two thirds of its CPU's share of what is left.
+    """
     slots = max(1, min(cpus, num_workers or cpus))
-    return min(items, MAX_TASKS, slots * -(-items // (ITEMS * slots)))
+    most = max(ITEMS, -(-items // MAX_TASKS))
+    cuts = [0]
+    while (left := items - cuts[-1]) > 0:
+        cuts.append(cuts[-1] + min(most, -(-2 * left // (3 * slots))))
+    return cuts
 
 
 def _run_batch(batch: Mapping[str, Any], work: Work, arguments: tuple[Any, ...]) -> dict[str, list[Any]]:

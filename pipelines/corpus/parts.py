@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +18,9 @@ from pipelines.corpus.quarantine import Rejected
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["RowParts", "write_table"]
+    from pipelines.corpus.records import ShardRecord
+
+__all__ = ["RowCache", "RowParts", "write_table"]
 
 PART_ROWS = 1_000_000  # Rows of one part of the sample table.
 GROUP_ROWS = 16_384  # Rows of a row group: who wants the rows of one shard reads 1 MB, not the part.
@@ -42,10 +44,29 @@ def _holds(uri: str, table: pa.Table) -> bool:
         return False
 
 
+class RowCache:
+    """Rows of the shards of a small corpus, read as the shards are finished: so the commit need not wait for them."""
+
+    def __init__(self, base: str, samples: int) -> None:
+        """`samples`: of all shards, at most."""
+        self._base = base
+        self._pool = ThreadPoolExecutor(1) if samples <= KEPT_ROWS else None
+        self._reading: dict[str, Future[pa.Table]] = {}
+
+    def read_ahead(self, record: ShardRecord) -> None:
+        if self._pool is not None and record.samples:
+            uri = store.join(self._base, record.rows)
+            self._reading[uri] = self._pool.submit(read_table, uri)
+
+    def read(self, uri: str, columns: Sequence[str] | None) -> pa.Table:
+        return self._reading[uri].result() if uri in self._reading else read_table(uri, columns)
+
+
 class RowParts:
     """Rows of the shards of a version, in its order; `shards` is the ordered table of `records.Records`."""
 
-    def __init__(self, base: str, shards: pa.Table) -> None:
+    def __init__(self, base: str, shards: pa.Table, cache: RowCache | None = None) -> None:
+        self._cache = cache or RowCache(base, 0)
         self._uris = [store.join(base, rows) for rows in shards["rows"].to_pylist()]
         self._splits: list[str] = shards["split"].to_pylist()
         self._samples: list[int] = shards["samples"].to_pylist()
@@ -58,11 +79,10 @@ class RowParts:
             yield from self._kept
             return
         keep = self.total <= KEPT_ROWS
+        wanted = None if keep else columns
         with ThreadPoolExecutor(THREADS) as pool:
             for start in range(0, len(self._uris), 4 * THREADS):
-                read = pool.map(
-                    lambda uri: read_table(uri, None if keep else columns), self._uris[start : start + 4 * THREADS]
-                )
+                read = pool.map(lambda uri: self._cache.read(uri, wanted), self._uris[start : start + 4 * THREADS])
                 for table in read:
                     if keep:
                         self._kept.append(table)

@@ -41,6 +41,8 @@ def client(stall_seconds: float = STALL_SECONDS) -> Any:
             import botocore.session
             from botocore.config import Config
 
+            from pipelines.store.signing import hash_payload_once
+
             for other in [known for known in _clients if known[0] != key[0]]:
                 del _clients[other]
                 _signed.pop(other, None)
@@ -56,6 +58,7 @@ def client(stall_seconds: float = STALL_SECONDS) -> Any:
                     s3={"addressing_style": "path"} if os.environ.get("AWS_ENDPOINT_URL") else {},
                 ),
             )
+            hash_payload_once(_clients[key])
             _signed[key] = SignedGets(_clients[key], session)
         return _clients[key]
 

@@ -19,6 +19,7 @@ from pipelines.corpus import build as build_module
 from pipelines.corpus.errors import ManifestError, SourceError
 from pipelines.corpus.manifest import open_corpus
 from pipelines.shard import ShardRecipe, make_corpus
+from pipelines.tracking.client import TrackingError
 from pipelines.workflow.planning import plan
 from tests.pipelines.tracking.toys import attempt, own_root
 
@@ -50,6 +51,24 @@ def test_from_bucket_to_bucket_with_identity_and_tracking(tmp_path: Path, stack:
     grown = shard.run(from_dict(ShardRecipe, values))
     assert not grown.reused and open_corpus(grown.uri).splits == {"train": 51, "val": 10}
     assert open_corpus(f"{name}@current").digest != corpus.digest and len(corpus.samples("train")) == 50
+
+
+@pytest.mark.stack
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_without_mlflow_nothing_is_committed_and_the_same_command_goes_on(
+    num_workers: int, tmp_path: Path, stack: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = class_folders(tmp_path / "s", {"cat": 25, "dog": 25})
+    values = {"source": str(folder), "destination": str(tmp_path / "c"), "shard_bytes": 2500}
+    recipe = from_dict(ShardRecipe, values | {"num_workers": num_workers})
+    with monkeypatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+        patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        with pytest.raises(TrackingError, match=r"127\.0\.0\.1:9 does not answer"):
+            shard.run(recipe)
+    assert not (tmp_path / "c" / "current.json").exists()
+    result = shard.run(recipe)
+    assert open_corpus(result.uri).splits == {"train": 50} and result.run_id and not result.reused
 
 
 @pytest.mark.stack

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.corpus.errors import CorpusError
-from pipelines.corpus.parallel import ITEMS, MAX_TASKS, _run_batch, _tasks, map_items
+from pipelines.corpus.parallel import ITEMS, MAX_TASKS, _cuts, _run_batch, map_items
 
 WAIT = 30.0  # Seconds after which something that should have happened did not.
 
@@ -66,7 +66,10 @@ def test_an_error_is_told_in_words_and_ends_the_task(where: str) -> None:
 
 
 @given(st.integers(1, 10_000), st.integers(1, 500), st.none() | st.integers(1, 600))
-def test_every_cpu_gets_as_many_tasks_and_none_is_left_idle(items: int, cpus: int, num_workers: int | None) -> None:
-    tasks, slots = _tasks(items, cpus, num_workers), min(cpus, num_workers or cpus)
-    assert 1 <= tasks <= min(items, MAX_TASKS) and tasks >= min(items, slots)
-    assert tasks in (items, MAX_TASKS) or (tasks % slots == 0 and items <= tasks * ITEMS)
+def test_tasks_take_every_item_once_and_become_shorter(items: int, cpus: int, num_workers: int | None) -> None:
+    cuts, slots = _cuts(items, cpus, num_workers), min(cpus, num_workers or cpus)
+    sizes = np.diff(cuts)
+    assert cuts[0] == 0 and cuts[-1] == items and (sizes > 0).all()
+    assert (np.diff(sizes) <= 0).all() and sizes[-1] <= 2
+    assert len(sizes) >= min(items, slots)  # No CPU is left idle.
+    assert len(sizes) <= MAX_TASKS + 5 * slots and sizes[0] <= max(ITEMS, -(-items // MAX_TASKS))
