@@ -80,7 +80,8 @@ def exclude(reference: str, listed: Iterable[str], source: str = "", *, copies: 
     rows = [row for row in _rows(corpus) if not wanted.isdisjoint((row.key, row.source))]
     # What is in quarantine is listed as withdrawn from now on, whatever was wrong with it: it must not come later.
     others = [item for item in before.values() if not wanted.isdisjoint((item.key, item.source))]
-    found = wanted & {name for one in (*rows, *others) for name in (one.key, one.source)}
+    named = [(row.key, row.source) for row in rows] + [(item.key, item.source) for item in others]
+    found = wanted & {name for pair in named for name in pair}
     if missing := sorted(wanted - found):
         raise CorpusError(
             f"{len(missing):,} of {len(wanted):,} listed images are not in {corpus.reference}, such as {missing[0]!r};"

@@ -63,7 +63,7 @@ def _join(
             f"corpora.{to[0]} and corpora.{of[0]} both hold {twice:,} images of split {split!r} and give them different"
             " labels; map their classes alike, or leave these out of one of them in `classes`"
         )
-    both = here.astype(np.int64) + there if adds else np.maximum(here, there)
+    both: NDArray[Any] = here.astype(np.int64) + there if adds else np.maximum(here, there)
     if int(both[same].max(initial=0)) > MOST:
         raise CorpusError(
             f"an image of corpora.{to[0]} and corpora.{of[0]} would come {int(both[same].max())} times per epoch, the"
