@@ -245,7 +245,7 @@ def versions(name: str) -> Sequence[Corpus]:
     found = {digest: open_corpus(f"{newest.uri}@{digest}") for digest in digests}
     heads = [corpus.head for corpus in found.values()]
     steps = {source.digest for head in heads if head.parent for source in head.sources if not source.uri}
-    steps |= {head.recipe.get("materialised") for head in heads}
+    steps |= {str(head.recipe.get("materialised")) for head in heads}
     steps -= {newest.digest, *(head.parent for head in heads)}
     depths: dict[str | None, int] = {None: 0}
     for digest in found:
