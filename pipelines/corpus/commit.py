@@ -17,9 +17,10 @@ from pipelines.corpus.errors import CorpusError, ManifestError, QuarantineError
 from pipelines.corpus.head import Head, SourceVersion
 from pipelines.corpus.layout import digest_shards
 from pipelines.corpus.manifest import Corpus, manifest_uri
-from pipelines.corpus.parts import RowCache, RowParts, write_table
+from pipelines.corpus.parts import RowCache, RowParts
 from pipelines.corpus.quarantine import Rejected, bad_fraction, count_reasons, quarantine_table
 from pipelines.corpus.records import Records, ShardRecord, order_splits, shard_pieces
+from pipelines.corpus.tables import write_table
 from pipelines.corpus.whole import lost_piece
 from pipelines.progress import say
 
@@ -37,7 +38,6 @@ __all__ = [
     "order_splits",
     "point_to_finished",
     "write_manifest",
-    "write_table",
 ]
 
 log = logging.getLogger(__name__)
