@@ -19,11 +19,12 @@ __all__ = [
     "RECIPES",
     "RecipeError",
     "Strict",
-    "check_choices",
+    "check_literals",
     "find_recipe",
     "flatten",
     "from_dict",
     "how",
+    "in_order",
     "input_",
     "load_recipe",
     "packaged_recipes",
@@ -52,16 +53,19 @@ class Strict:
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  pydantic reads a plain class attribute
 
 
-def check_choices(values: object) -> None:
-    """A dataclass that is made in Python has seen no pydantic: a misspelt word must not pass for another one."""
+def check_literals(values: object) -> None:
+    """Raises ValueError for a field of type Literal that is none of its words.
+
+    A dataclass that is made in Python has seen no pydantic: a misspelt word must not pass for another one.
+    """
     kind: Any = type(values)
-    for name, choices in _choices(kind).items():
+    for name, choices in _words_of(kind).items():
         if (value := getattr(values, name)) not in choices:
             raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
 
 
 @lru_cache
-def _choices(kind: Any) -> dict[str, tuple[object, ...]]:
+def _words_of(kind: Any) -> dict[str, tuple[object, ...]]:
     """The words that each field of type Literal, or Literal or None, may be."""
     found: dict[str, tuple[object, ...]] = {}
     for name, hint in typing.get_type_hints(kind).items():

@@ -31,9 +31,8 @@ class SubsetRecipe(Strict):
     corpus: str = input_()  # CORPUS@VERSION
     destination: str  # Name of the new corpus, or a folder or s3:// prefix for it.
     split: str = "train"
-    fraction: float | None = (
-        None  # Of the images, by chance, as often as they come; smaller ones lie in larger ones of the same seed.
-    )
+    # Of the images, by chance, each as often as it comes; smaller ones lie in larger ones of the same seed.
+    fraction: float | None = None
     per_class: int | None = None  # The first so many of each class, in manifest order, each once.
     balance: float | None = None  # Repeat classes rarer than this share: sqrt(balance / share) times.
     seed: int = 0
