@@ -32,6 +32,7 @@ __all__ = [
     "read_yaml",
     "to_dict",
     "to_yaml",
+    "with_order",
 ]
 
 T = TypeVar("T")
@@ -93,6 +94,14 @@ def input_(**options: Any) -> Any:
 def in_order(*, first: tuple[str, ...] = (), **options: Any) -> Any:
     """A mapping whose order decides the result. The digest takes any order but the usual one: `first`, then by name."""
     return dataclasses.field(metadata={"in_order": first}, **options)
+
+
+def with_order(value: Any, first: Sequence[str]) -> Any:
+    """For a digest of JSON, which has no order of keys: what is not in its usual order becomes a list of pairs."""
+    if not isinstance(value, Mapping):
+        return value
+    usual = sorted(value, key=lambda name: (first.index(name) if name in first else len(first), name))
+    return value if list(value) == usual else [[name, own] for name, own in value.items()]
 
 
 def packaged_recipes() -> list[str]:

@@ -80,9 +80,7 @@ def run(recipe: IndexRecipe) -> StageResult:
     inputs = {"source": listing.digest, **found.inputs}
     work = partial(_work, recipe, listing, found)
     result = identity.run_stage(STAGE, VERSION, recipe, inputs, work, missing=lost_manifest)
-    if result.reused:
-        point_to_finished(result.uri, result.details.get("account", ""), STAGE, found.current)
-    return result
+    return point_to_finished(result, found.current)
 
 
 def _work(recipe: IndexRecipe, listing: TarListing, found: Destination, attempt: Attempt) -> StageResult:

@@ -54,6 +54,7 @@ class SubsetRecipe(Strict):
 
 def run(recipe: SubsetRecipe) -> StageResult:
     """Make the subset, or return the one that the same recipe and corpus made before."""
+    from pipelines.corpus.commit import point_to_finished
     from pipelines.corpus.manifest import open_corpus
     from pipelines.corpus.selection import is_multiplied
     from pipelines.corpus.whole import lost_manifest
@@ -66,7 +67,8 @@ def run(recipe: SubsetRecipe) -> StageResult:
     # Those whose result has changed since VERSION was raised: all others are found finished.
     again = recipe.balance is not None and is_multiplied(corpus, recipe.split)
     version = VERSION + (again or recipe.per_class is not None or len(corpus.head.sources) > 1)
-    return identity.run_stage(STAGE, version, recipe, inputs, work, missing=lost_manifest)
+    result = identity.run_stage(STAGE, version, recipe, inputs, work, missing=lost_manifest)
+    return point_to_finished(result, found.current)
 
 
 def make_subset(
@@ -154,4 +156,5 @@ def track_making(recipe: Any, make: Callable[[Callable[[], None]], Corpus], atte
             corpus=corpus.reference,
             splits=head.splits,
             class_names=list(head.class_names),
+            **({"account": corpus.account} if corpus.account else {}),
         )

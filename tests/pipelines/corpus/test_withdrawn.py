@@ -14,6 +14,7 @@ from pipelines.corpus.errors import CorpusError
 from pipelines.corpus.grow import exclude, versions
 from pipelines.corpus.manifest import Corpus, open_corpus
 from pipelines.corpus.withdrawn import look_at
+from pipelines.identity import StageResult
 from pipelines.index import IndexRecipe, adopt_tars
 from pipelines.shard import ShardRecipe, make_corpus
 from pipelines.subset import SubsetRecipe, make_subset
@@ -64,8 +65,9 @@ def test_a_withdrawal_is_an_input_of_the_run_and_one_that_comes_in_between_is_no
     assert seen.inputs == {} and seen.version == first
     exclude(f"{base}@current", ["a/0000.png"])
     assert look_at(str(base)).inputs.keys() == {"withdrawn"}
+    finished = StageResult("shard", first.reference, "0" * 64, reused=True)
     with pytest.raises(CorpusError, match="was moved by another writer"):
-        point_to_finished(first.reference, "", "shard", seen.current)  # A finished run that is reused.
+        point_to_finished(finished, seen.current)
     (source / "b" / "new.png").write_bytes(picture(99))
     values: dict[str, Any] = {"source": str(source), "destination": str(base), "num_workers": 0}
     with pytest.raises(CorpusError, match="by another writer"):
