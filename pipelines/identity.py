@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import config, store
-from pipelines.lease import LEASE_SECONDS, Held, Lease, LeaseLost, holder, is_held, lease, read_lease
+from pipelines.lease import LEASE_SECONDS, Held, Lease, LeaseLost, holder, is_held, lease, read_lease, read_token
 from pipelines.progress import say
 from pipelines.results import (
     StageResult,
@@ -212,7 +212,7 @@ class Attempt:
 
     def check(self) -> None:
         """Raise LeaseLost if another attempt took over. Call it before every commit."""
-        if read_lease(store.join(self.root, "lease.json"))["token"] != self.token:
+        if read_token(store.join(self.root, "lease.json")) != self.token:
             raise LeaseLost(f"{self.name}: another attempt took over; this one stops and writes nothing more")
 
     def result(self, *, uri: str, run_id: str | None, metrics: Mapping[str, float], **details: Any) -> StageResult:

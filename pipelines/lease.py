@@ -20,13 +20,14 @@ from typing import Any
 from pipelines import store
 from pipelines.processes import is_alive, start_mark
 
-__all__ = ["LEASE_SECONDS", "Held", "Lease", "LeaseLost", "holder", "is_held", "lease", "read_lease"]
+__all__ = ["LEASE_SECONDS", "Held", "Lease", "LeaseLost", "holder", "is_held", "lease", "read_lease", "read_token"]
 
 log = logging.getLogger(__name__)
 
 LEASE_SECONDS = 45.0  # A holder on another host is given up after this long without a sign of life.
 RENEW_SECONDS = 10.0
 GIVEN_UP: set[str] = set()  # Tokens of this process whose release the store did not take: a full disk.
+NO_LEASE = "{} is no lease; if no other process writes there, delete it and run the same command again"
 FIELDS = frozenset({"token", "attempt", "host", "pid", "expires"})
 
 
@@ -142,7 +143,7 @@ class Lease:
         """True when a renewal was carried out although its answer was lost."""
         try:
             info = store.stat(self.uri)
-            if read_lease(self.uri)["token"] != self.token:
+            if read_token(self.uri) != self.token:
                 return False
         except store.StoreError:
             return False
@@ -152,7 +153,7 @@ class Lease:
 
     def check(self) -> None:
         """Raise LeaseLost unless the lease object still names this holder. One small GET."""
-        if self._lost is None and read_lease(self.uri)["token"] != self.token:
+        if self._lost is None and read_token(self.uri) != self.token:
             self._lost = "another attempt took the lease"
         if self._lost is not None:
             raise LeaseLost(f"{self.what}: {self._lost}; this attempt stops and writes nothing more")
@@ -175,10 +176,16 @@ def read_lease(uri: str) -> dict[str, Any]:
     """What the lease object says. Raises NotFound; StoreError if that is no lease."""
     record = store.read_json(uri)
     if not isinstance(record, dict) or not record.keys() >= FIELDS:
-        raise store.StoreError(
-            f"{uri} is no lease; if no other process writes there, delete it and run the same command again"
-        )
+        raise store.StoreError(NO_LEASE.format(uri))
     return record
+
+
+def read_token(uri: str) -> str:
+    """Whose lease it is; raises as `read_lease` does. Its other fields are for those who would take it."""
+    record = store.read_json(uri)
+    if not isinstance(record, dict) or "token" not in record:
+        raise store.StoreError(NO_LEASE.format(uri))
+    return str(record["token"])
 
 
 def is_held(record: Mapping[str, Any]) -> bool:

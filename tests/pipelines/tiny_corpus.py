@@ -30,9 +30,9 @@ def write_colours(name: str, train: int = 480, held_out: int = 90, side: int = 2
     return write_corpus(name, images, shard_samples=160)
 
 
-def write_colour_lists(folder: Path, train: int = 96, held_out: int = 24, side: int = 16) -> Corpus:
+def write_colour_lists(folder: Path, train: int = 96, held_out: int = 24, side: int = 16, seed: int = 0) -> Corpus:
     """Each image shows one, two or all of three colours; sharded from a list of its names."""
-    source = np.random.default_rng(0)
+    source = np.random.default_rng(seed)
     (folder / "pictures").mkdir(parents=True)
     rows = []
     for split, count in (("train", train), ("val", held_out)):

@@ -144,16 +144,17 @@ def test_names_and_single_labels_beside_lists_in_adopted_tars(tmp_path: Path) ->
 
 
 def test_a_mixture_gives_the_labels_of_its_own_classes(colours: Corpus, tmp_path: Path) -> None:
+    others = write_colour_lists(tmp_path / "others", seed=1)
     mixed = make_mix(
         MixRecipe(
             corpora={
                 "one": MixPart(corpus=colours.reference, classes={"red": "warm", "blue": "blue"}),
-                "two": MixPart(corpus=colours.reference),
+                "two": MixPart(corpus=others.reference),
             },
             destination=str(tmp_path / "m"),
             materialise="never",
         ),
-        {"one": colours, "two": colours},
+        {"one": colours, "two": others},
     )
     assert mixed.head.multi_label and mixed.class_names == ("blue", "warm", "green", "red")
     for split in ("train", "val"):
