@@ -296,7 +296,7 @@ VERBS: dict[str, Verb] = {
     ),
     "schedule": Verb("start|stop|status [WORKFLOW]", "run a workflow by the clock: its file says when", _schedule),
     "corpus": Verb(
-        "exclude CORPUS LIST | versions CORPUS",
+        "exclude CORPUS LIST [--copies] | versions CORPUS",
         "withdraw listed images as a new version; show all versions",
         _module("pipelines.corpus.command"),
     ),

@@ -19,11 +19,12 @@ __all__ = [
     "RECIPES",
     "RecipeError",
     "Strict",
-    "check_choices",
+    "check_literals",
     "find_recipe",
     "flatten",
     "from_dict",
     "how",
+    "in_order",
     "input_",
     "load_recipe",
     "packaged_recipes",
@@ -31,6 +32,7 @@ __all__ = [
     "read_yaml",
     "to_dict",
     "to_yaml",
+    "with_order",
 ]
 
 T = TypeVar("T")
@@ -52,16 +54,19 @@ class Strict:
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  pydantic reads a plain class attribute
 
 
-def check_choices(values: object) -> None:
-    """A dataclass that is made in Python has seen no pydantic: a misspelt word must not pass for another one."""
+def check_literals(values: object) -> None:
+    """Raises ValueError for a field of type Literal that is none of its words.
+
+    A dataclass that is made in Python has seen no pydantic: a misspelt word must not pass for another one.
+    """
     kind: Any = type(values)
-    for name, choices in _choices(kind).items():
+    for name, choices in _words_of(kind).items():
         if (value := getattr(values, name)) not in choices:
             raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
 
 
 @lru_cache
-def _choices(kind: Any) -> dict[str, tuple[object, ...]]:
+def _words_of(kind: Any) -> dict[str, tuple[object, ...]]:
     """The words that each field of type Literal, or Literal or None, may be."""
     found: dict[str, tuple[object, ...]] = {}
     for name, hint in typing.get_type_hints(kind).items():
@@ -89,6 +94,14 @@ def input_(**options: Any) -> Any:
 def in_order(*, first: tuple[str, ...] = (), **options: Any) -> Any:
     """A mapping whose order decides the result. The digest takes any order but the usual one: `first`, then by name."""
     return dataclasses.field(metadata={"in_order": first}, **options)
+
+
+def with_order(value: Any, first: Sequence[str]) -> Any:
+    """For a digest of JSON, which has no order of keys: what is not in its usual order becomes a list of pairs."""
+    if not isinstance(value, Mapping):
+        return value
+    usual = sorted(value, key=lambda name: (first.index(name) if name in first else len(first), name))
+    return value if list(value) == usual else [[name, own] for name, own in value.items()]
 
 
 def packaged_recipes() -> list[str]:

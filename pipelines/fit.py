@@ -157,10 +157,11 @@ def train_model(
     """Work out the job, say what will be done, and do it on the cluster."""
     from pipelines.reader.loader import WINDOW_PAGES, choose_lanes
     from pipelines.training import masked
+    from pipelines.training.cluster import choose_placement, connect
     from pipelines.training.compute import macs_per_image
     from pipelines.training.job import TrainJob
     from pipelines.training.rules import check_workers
-    from pipelines.training.worker import choose_placement, connect, launch
+    from pipelines.training.worker import launch
     from vit_model import OutputSpec, build_model, count_parameters
 
     task = recipe.train.masked

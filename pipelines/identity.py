@@ -18,7 +18,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -126,16 +126,8 @@ def deciding_fields(recipe: Any) -> dict[str, Any]:
         elif default is dataclasses.MISSING or value != default:
             chosen[spec.name] = config.to_dict(_Holder(value))["value"]
             if "in_order" in spec.metadata:
-                chosen[spec.name] = _with_order(chosen[spec.name], spec.metadata["in_order"])
+                chosen[spec.name] = config.with_order(chosen[spec.name], spec.metadata["in_order"])
     return chosen
-
-
-def _with_order(value: Any, first: Sequence[str]) -> Any:
-    """JSON has no order of keys: a mapping that is not in its usual order becomes a list of pairs."""
-    if not isinstance(value, Mapping):
-        return value
-    usual = sorted(value, key=lambda name: (first.index(name) if name in first else len(first), name))
-    return value if list(value) == usual else [[name, own] for name, own in value.items()]
 
 
 @dataclass(frozen=True)

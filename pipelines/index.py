@@ -70,20 +70,17 @@ def run(recipe: IndexRecipe) -> StageResult:
     """Make the manifest, or return the one that the same tars and recipe made before."""
     from pipelines.corpus.adoption import list_tars
     from pipelines.corpus.commit import point_to_finished
-    from pipelines.corpus.manifest import corpus_base
     from pipelines.corpus.whole import lost_manifest
     from pipelines.corpus.withdrawn import look_at
 
     listing = list_tars(recipe.source)
     # The place is part of the identity: the same tars in another place are another corpus to open.
-    recipe = dataclasses.replace(recipe, destination=corpus_base(recipe.destination or listing.base))
     found = look_at(recipe.destination or listing.base)
+    recipe = dataclasses.replace(recipe, destination=found.base)
     inputs = {"source": listing.digest, **found.inputs}
     work = partial(_work, recipe, listing, found)
     result = identity.run_stage(STAGE, VERSION, recipe, inputs, work, missing=lost_manifest)
-    if result.reused:
-        point_to_finished(result.uri, result.details.get("account", ""), STAGE, found.current)
-    return result
+    return point_to_finished(result, found.current)
 
 
 def _work(recipe: IndexRecipe, listing: TarListing, found: Destination, attempt: Attempt) -> StageResult:

@@ -59,6 +59,7 @@ class MixRecipe(Strict):
 
 def run(recipe: MixRecipe) -> StageResult:
     """Make the mixture, or return the one that the same recipe and corpora made before."""
+    from pipelines.corpus.commit import point_to_finished
     from pipelines.corpus.manifest import open_corpus
     from pipelines.corpus.whole import lost_manifest
     from pipelines.corpus.withdrawn import look_at
@@ -68,7 +69,8 @@ def run(recipe: MixRecipe) -> StageResult:
     found = look_at(recipe.destination)
     inputs = {f"corpora.{name}": corpus.digest for name, corpus in corpora.items()} | found.inputs
     work = partial(track_making, recipe, lambda check: make_mix(recipe, corpora, found, before_commit=check))
-    return identity.run_stage(STAGE, _version(recipe, corpora), recipe, inputs, work, missing=lost_manifest)
+    result = identity.run_stage(STAGE, _version(recipe, corpora), recipe, inputs, work, missing=lost_manifest)
+    return point_to_finished(result, found.current)
 
 
 def _version(recipe: MixRecipe, corpora: Mapping[str, Corpus]) -> int:

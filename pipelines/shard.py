@@ -99,9 +99,7 @@ def run(recipe: ShardRecipe) -> StageResult:
         inputs |= found.inputs
     work = partial(_work, recipe, source, found)
     result = identity.run_stage(STAGE, _version(recipe, source), recipe, inputs, work, missing=lost_object)
-    if result.reused:
-        point_to_finished(result.uri, result.details.get("account", ""), STAGE, found.current)
-    return result
+    return point_to_finished(result, found.current)
 
 
 def _version(recipe: ShardRecipe, source: Source) -> int:

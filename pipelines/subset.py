@@ -31,9 +31,8 @@ class SubsetRecipe(Strict):
     corpus: str = input_()  # CORPUS@VERSION
     destination: str  # Name of the new corpus, or a folder or s3:// prefix for it.
     split: str = "train"
-    fraction: float | None = (
-        None  # Of the images, by chance, as often as they come; smaller ones lie in larger ones of the same seed.
-    )
+    # Of the images, by chance, each as often as it comes; smaller ones lie in larger ones of the same seed.
+    fraction: float | None = None
     per_class: int | None = None  # The first so many of each class, in manifest order, each once.
     balance: float | None = None  # Repeat classes rarer than this share: sqrt(balance / share) times.
     seed: int = 0
@@ -55,6 +54,7 @@ class SubsetRecipe(Strict):
 
 def run(recipe: SubsetRecipe) -> StageResult:
     """Make the subset, or return the one that the same recipe and corpus made before."""
+    from pipelines.corpus.commit import point_to_finished
     from pipelines.corpus.manifest import open_corpus
     from pipelines.corpus.selection import is_multiplied
     from pipelines.corpus.whole import lost_manifest
@@ -67,7 +67,8 @@ def run(recipe: SubsetRecipe) -> StageResult:
     # Those whose result has changed since VERSION was raised: all others are found finished.
     again = recipe.balance is not None and is_multiplied(corpus, recipe.split)
     version = VERSION + (again or recipe.per_class is not None or len(corpus.head.sources) > 1)
-    return identity.run_stage(STAGE, version, recipe, inputs, work, missing=lost_manifest)
+    result = identity.run_stage(STAGE, version, recipe, inputs, work, missing=lost_manifest)
+    return point_to_finished(result, found.current)
 
 
 def make_subset(
@@ -155,4 +156,5 @@ def track_making(recipe: Any, make: Callable[[Callable[[], None]], Corpus], atte
             corpus=corpus.reference,
             splits=head.splits,
             class_names=list(head.class_names),
+            **({"account": corpus.account} if corpus.account else {}),
         )

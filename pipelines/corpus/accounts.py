@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pipelines import store
 from pipelines.corpus.errors import MAKE_AGAIN, ManifestError
 from pipelines.corpus.head import Head
+from pipelines.corpus.tables import encode_table, holds_table
 from pipelines.identity import canonical
 
 if TYPE_CHECKING:
@@ -36,10 +36,10 @@ def write_account(manifest: str, standing: Head, made: Head, tables: Mapping[str
 
     `made` is the head that this run would have written, `tables` what lies beside it as NAME.parquet.
     """
-    files = {f"{name}.parquet": _encoded(table) for name, table in sorted(tables.items())}
+    files = {f"{name}.parquet": encode_table(table) for name, table in sorted(tables.items())}
     fields = _fields(made)
     if canonical(fields) == canonical(_fields(standing)) and all(
-        _stands(store.join(manifest, f"{name}.parquet"), table) for name, table in tables.items()
+        holds_table(store.join(manifest, f"{name}.parquet"), table) for name, table in tables.items()
     ):
         return standing, ""
     total = hashlib.sha256(canonical(fields).encode())
@@ -69,21 +69,3 @@ def read_account(manifest: str, head: Head, account: str) -> Head:
 
 def _fields(head: Head) -> dict[str, Any]:
     return {name: getattr(head, name) for name in FIELDS}
-
-
-def _encoded(table: pa.Table) -> bytes:
-    import pyarrow.parquet as pq
-
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
-    return sink.getvalue()
-
-
-def _stands(uri: str, table: pa.Table) -> bool:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return bool(pq.read_table(pa.BufferReader(store.read(uri))).equals(table))
-    except (store.NotFound, pa.ArrowException, OSError):
-        return False

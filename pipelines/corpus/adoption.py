@@ -20,14 +20,15 @@ import numpy as np
 from pipelines import store
 from pipelines.corpus.adopt import scan_tar
 from pipelines.corpus.anomalies import ANOMALIES, Anomaly
-from pipelines.corpus.commit import Records, ShardRecord, order_splits, write_table
+from pipelines.corpus.commit import Records, ShardRecord, order_splits
 from pipelines.corpus.errors import SourceError
 from pipelines.corpus.fetch import read_listed
 from pipelines.corpus.labels import MAX_CLASSES
 from pipelines.corpus.listing import PACKED, SourceFile, check_names, list_files, listing_digest, packed_hint
-from pipelines.corpus.manifest import Corpus, manifest_uri, open_corpus, read_table
+from pipelines.corpus.manifest import Corpus, manifest_uri, open_corpus
 from pipelines.corpus.scanned import ScannedTar
 from pipelines.corpus.sources import SPLIT_NAMES, split_from_name
+from pipelines.corpus.tables import read_table, write_table
 from pipelines.corpus.tar import sample_key
 
 __all__ = [

@@ -15,13 +15,14 @@ from typing import BinaryIO
 
 from pipelines import store
 from pipelines.corpus.checks import check_image, is_named_as, rejected_by
-from pipelines.corpus.commit import ShardRecord, write_table
+from pipelines.corpus.commit import ShardRecord
 from pipelines.corpus.errors import CorpusError
 from pipelines.corpus.fetch import Planned, fetch
 from pipelines.corpus.images import ImageFacts, ImageRejected
 from pipelines.corpus.plan import Plan, load_plan
 from pipelines.corpus.quarantine import Rejected
 from pipelines.corpus.resize import ResizeConfig, shrink
+from pipelines.corpus.tables import write_table
 from pipelines.corpus.tar import ShardContent, ShardWriter, sample_key
 from pipelines.corpus.tiled import tile_jpeg
 

@@ -18,8 +18,9 @@ from pipelines import store
 from pipelines.corpus.entries import Entries
 from pipelines.corpus.errors import CorpusError
 from pipelines.corpus.fetch import Planned, fetch
-from pipelines.corpus.manifest import Corpus, read_table
+from pipelines.corpus.manifest import Corpus
 from pipelines.corpus.rows import tar_rows
+from pipelines.corpus.tables import read_table
 from pipelines.corpus.tar import sample_key
 
 if TYPE_CHECKING:

@@ -17,10 +17,12 @@ from pipelines.corpus.errors import CorpusError, ManifestError, QuarantineError
 from pipelines.corpus.head import Head, SourceVersion
 from pipelines.corpus.layout import digest_shards
 from pipelines.corpus.manifest import Corpus, manifest_uri
-from pipelines.corpus.parts import RowCache, RowParts, write_table
+from pipelines.corpus.parts import RowCache, RowParts
 from pipelines.corpus.quarantine import Rejected, bad_fraction, count_reasons, quarantine_table
 from pipelines.corpus.records import Records, ShardRecord, order_splits, shard_pieces
+from pipelines.corpus.tables import write_table
 from pipelines.corpus.whole import lost_piece
+from pipelines.identity import StageResult
 from pipelines.progress import say
 
 if TYPE_CHECKING:
@@ -37,7 +39,6 @@ __all__ = [
     "order_splits",
     "point_to_finished",
     "write_manifest",
-    "write_table",
 ]
 
 log = logging.getLogger(__name__)
@@ -254,22 +255,25 @@ def make_current(base: str, digest: str, current: str | None, account: str = "")
             ) from None
 
 
-def point_to_finished(reference: str, account: str, stage: str, etag: str | None) -> None:
-    """NAME@current is what the last command asked for, also where that was finished long ago.
+def point_to_finished(result: StageResult, etag: str | None) -> StageResult:
+    """NAME@current is what the last command asked for, also where that was finished long ago. Returns the result.
 
     `etag`: of current.json when that command looked at it.
     """
-    base, _, digest = reference.rpartition("@")
+    base, _, digest = result.uri.rpartition("@")
     uri = store.join(base, "current.json")
-    former = store.read_json(uri) if etag is not None else None
-    if former == _pointer(digest, account):
-        return
+    wanted = _pointer(digest, result.details.get("account", ""))
+    former = store.read_json(uri) if result.reused and etag is not None else None
+    if not result.reused or former == wanted:
+        return result
     try:
-        store.write_json(uri, _pointer(digest, account), if_match=etag, if_absent=etag is None)
+        store.write_json(uri, wanted, if_match=etag, if_absent=etag is None)
     except store.Conflict:
         raise CorpusError(f"{uri} was moved by another writer just now; run the same command again") from None
     moved = former is not None and former["digest"] != digest
-    say(f"{stage}: current is {digest[:12]} again" + (f", it was {former['digest'][:12]}" if former and moved else ""))
+    before = f", it was {former['digest'][:12]}" if former and moved else ""
+    say(f"{result.stage}: current is {digest[:12]} again{before}")
+    return result
 
 
 def _pointer(digest: str, account: str) -> dict[str, str]:

@@ -75,13 +75,18 @@ def idx_entries(files: Sequence[SourceFile]) -> Entries:
     return entries
 
 
-def _unpack(data: bytes, uri: str) -> bytes:
-    """The bytes, unpacked if they are packed: at most one more than the header in them says, however many there are."""
+def _unpack(data: bytes, uri: str, *, head_only: bool = False) -> bytes:
+    """The bytes, unpacked if they are packed: at most one more than the header in them says, however many there are.
+
+    `head_only`: the first 16, of the beginning of a file.
+    """
     if not data.startswith(b"\x1f\x8b"):
         return data
     try:
         stream = zlib.decompressobj(wbits=31)
         head = stream.decompress(data, 16)
+        if head_only:
+            return head
         wanted = 0
         if len(head) >= 8 and struct.unpack_from(">I", head)[0] == LABELS_MAGIC:
             wanted = 8 + struct.unpack_from(">I", head, 4)[0]
@@ -107,12 +112,7 @@ def _labels(file: SourceFile) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 def _shape(file: SourceFile) -> tuple[int, int, int]:
-    start = read_listed(file.uri, file.etag, 0, min(file.size, 4096))
-    if start.startswith(b"\x1f\x8b"):
-        try:
-            start = zlib.decompressobj(wbits=31).decompress(start, 16)
-        except zlib.error as error:
-            raise SourceError(f"{file.uri} is a damaged gzip file ({error}); fetch it again") from None
+    start = _unpack(read_listed(file.uri, file.etag, 0, min(file.size, 4096)), file.uri, head_only=True)
     if len(start) < 16 or struct.unpack_from(">I", start)[0] != IMAGES_MAGIC:
         raise SourceError(f"{file.uri} is no IDX file of images (magic {start[:4].hex()}, wanted {IMAGES_MAGIC:08x})")
     rows, height, width = struct.unpack_from(">III", start, 4)

@@ -16,6 +16,7 @@ from typing import overload
 
 from pipelines import store
 from pipelines.corpus.errors import SourceError
+from pipelines.corpus.labels import is_text
 from pipelines.corpus.texts import Texts
 
 __all__ = [
@@ -88,10 +89,8 @@ def local_etag(status: os.stat_result) -> str:
 def check_names(files: Iterable[SourceFile]) -> None:
     """Of tars: the name is part of the path of each sample. Raises SourceError."""
     for file in files:
-        try:
-            file.path.encode()
-        except UnicodeEncodeError:
-            raise SourceError(f"the tar name {file.uri!r} is not UTF-8; rename it") from None
+        if not is_text(file.path):
+            raise SourceError(f"the tar name {file.uri!r} is not UTF-8; rename it")
 
 
 def packed_hint(path: str) -> str:

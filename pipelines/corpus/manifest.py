@@ -20,6 +20,7 @@ from pipelines.corpus.errors import MAKE_AGAIN, ManifestError
 from pipelines.corpus.head import Head, SourceVersion
 from pipelines.corpus.layout import SCHEMA, Layout, digest_shards, read_layout
 from pipelines.corpus.pages import Page, Pages
+from pipelines.corpus.tables import read_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -170,21 +171,7 @@ class Corpus:
             raise ManifestError(f"corpus {self.reference} has no split {split!r}; it has {', '.join(self.splits)}")
 
 
-# Tables and digests -------------------------------------------------------------------------------------------------
-
-
-def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """A Parquet object, or those of `columns` that it has. Raises ManifestError."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(pa.BufferReader(store.read(uri))) as file:
-            return file.read(None if columns is None else [name for name in columns if name in file.schema_arrow.names])
-    except store.NotFound:
-        raise ManifestError(f"{uri} is missing, the corpus is incomplete; {MAKE_AGAIN}") from None
-    except (pa.ArrowException, OSError) as error:
-        raise ManifestError(f"{uri} is damaged ({error}); {MAKE_AGAIN}") from None
+# Digests ------------------------------------------------------------------------------------------------------------
 
 
 def corpus_digest(class_names: Sequence[str], splits: Mapping[str, int], table: pa.Table, **more: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -11,37 +10,19 @@ import numpy as np
 
 from pipelines import store
 from pipelines.corpus.duplicates import Duplicates, find_duplicates
-from pipelines.corpus.errors import ManifestError
-from pipelines.corpus.manifest import read_table
 from pipelines.corpus.quarantine import Rejected
+from pipelines.corpus.tables import holds_table, read_table, write_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from pipelines.corpus.records import ShardRecord
 
-__all__ = ["RowCache", "RowParts", "write_table"]
+__all__ = ["RowCache", "RowParts"]
 
 PART_ROWS = 1_000_000  # Rows of one part of the sample table.
-GROUP_ROWS = 16_384  # Rows of a row group: who wants the rows of one shard reads 1 MB, not the part.
-REPEATING = ["shard", "label", "width", "height", "split", "reason", "class"]  # A dictionary makes others larger.
 KEPT_ROWS = 200_000  # Of a small corpus the rows are read once and kept.
 THREADS = 16
-
-
-def write_table(uri: str, table: pa.Table) -> str:
-    import pyarrow.parquet as pq
-
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", row_group_size=GROUP_ROWS, use_dictionary=REPEATING)
-    return store.write(uri, sink.getvalue())
-
-
-def _holds(uri: str, table: pa.Table) -> bool:
-    try:
-        return bool(read_table(uri).equals(table))
-    except ManifestError:
-        return False
 
 
 class RowCache:
@@ -130,7 +111,7 @@ class RowParts:
         ids = np.arange(first, first + table.num_rows, dtype=np.int64)
         uri = store.join(target, "samples", f"{first:012d}.parquet")
         table = table.add_column(0, "sample_id", pa.array(ids))
-        if not (mend and _holds(uri, table)):
+        if not (mend and holds_table(uri, table)):
             write_table(uri, table)
         return first + len(ids)
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from pipelines import store
 from pipelines.corpus.errors import MAKE_AGAIN, ManifestError
 from pipelines.corpus.ranged import open_object
+from pipelines.corpus.tables import read_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OwnRows", "sample_rows", "shard_rows", "tar_rows", "tar_times"]
 
-GROUP_BYTES = 1 << 20  # About a row group of `parts.GROUP_ROWS`, packed.
+GROUP_BYTES = 1 << 20  # About a row group of `tables.GROUP_ROWS`, packed.
 
 
 def sample_rows(corpus: Corpus, split: str) -> pa.Table:
@@ -142,8 +143,6 @@ class OwnRows:
     def _part(self, uri: str, low: int, high: int, rows: int, columns: Sequence[str] | None) -> Iterator[pa.Table]:
         """Rows low to high of a part of so many."""
         import pyarrow as pa
-
-        from pipelines.corpus.manifest import read_table
 
         if high - low == rows:  # In one request.
             yield read_table(uri, columns)

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pipelines import store
-from pipelines.corpus.commit import ShardRecord, commit, current_etag, order_splits, write_table
+from pipelines.corpus.commit import ShardRecord, commit, current_etag, order_splits
 from pipelines.corpus.images import inspect_image
 from pipelines.corpus.manifest import Corpus, corpus_base
+from pipelines.corpus.tables import write_table
 from pipelines.corpus.tar import ShardWriter
 
 __all__ = ["write_corpus"]

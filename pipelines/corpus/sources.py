@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pipelines import store
 from pipelines.corpus.entries import Entries
 from pipelines.corpus.errors import SourceError
+from pipelines.corpus.labels import is_text
 from pipelines.corpus.listing import PACKED, SourceFile, list_files, listing_digest, packed_hint
 
 __all__ = ["Entries", "Source", "open_source", "split_from_name"]
@@ -145,7 +146,7 @@ def _folder_entries(uri: str, files: Sequence[SourceFile]) -> Entries:
     entries = Entries()
     for file in files:
         split, folder = _place(file.path, has_splits)
-        if not _is_utf8(file.path):
+        if not is_text(file.path):
             entries.reject(file.path, split, "bad_name", "the file name is not UTF-8; rename it")
         elif folder in classes:
             entries.add(file.path, file.uri, -1, file.size, file.etag, split, folder)
@@ -188,14 +189,6 @@ def _class_folders(files: Sequence[SourceFile], has_splits: bool) -> set[str]:
         if _is_image_name(file.path) or "." not in file.path.rpartition("/")[2]
         if (folder := _place(file.path, has_splits)[1])
     }
-
-
-def _is_utf8(path: str) -> bool:
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _check(source: Source, entries: Entries, min_classes: int) -> None:

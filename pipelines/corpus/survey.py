@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines import store
-from pipelines.corpus.manifest import Corpus, read_table
+from pipelines.corpus.manifest import Corpus
 from pipelines.corpus.members import IMAGE_EXTENSIONS, TarStream
 from pipelines.corpus.rows import tar_rows
 from pipelines.corpus.selection import present
+from pipelines.corpus.tables import read_table
 
 if TYPE_CHECKING:
     import pyarrow as pa

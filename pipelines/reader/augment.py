@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.config import Strict, check_choices
+from pipelines.config import Strict, check_literals
 from pipelines.reader.levels import LAYERS, MAGNITUDE, Level, Policy, check_changes
 from pipelines.reader.philox import image_bits, uniform
 
@@ -44,7 +44,7 @@ class AugmentConfig(Strict):
     cutmix: float = 0.0  # The same for pasted boxes; with both, each lane of a step tosses a coin.
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_literals(self)
         if not 0 < self.min_area <= self.max_area <= 1:
             raise ValueError(
                 f"min_area={self.min_area}, max_area={self.max_area} are not 0 < min_area <= max_area <= 1"

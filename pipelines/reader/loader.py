@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from pipelines.config import Strict, check_choices, how
+from pipelines.config import Strict, check_literals, how
 from pipelines.reader import order as law
 from pipelines.reader.assemble import RowSource
 from pipelines.reader.augment import AugmentConfig
@@ -68,7 +68,7 @@ class ReaderConfig(Strict):
     cache_bytes: int = how(default=CACHE_BYTES)  # Most that a node keeps there
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_literals(self)
         if self.num_cpus <= 0 or (self.num_threads is not None and self.num_threads < 1):
             raise ValueError(
                 f"num_cpus={self.num_cpus}, num_threads={self.num_threads}: reading needs more than 0 and at least 1"

@@ -126,7 +126,7 @@ class SignedGets:
         # Outside: an error that hangs on to the one before would show the address in a traceback.
         raise ConnectionError(text)
 
-    # Addresses --- ----------------------------------------------------------------------------------------------------
+    # Addresses ------------------------------------------------------------------------------------------------------
 
     def _address(self, bucket: str, key: str) -> _Address:
         name = bucket, key

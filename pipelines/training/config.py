@@ -314,12 +314,8 @@ class WorkerConfig(Strict):
     log_every_steps: int = how(default=20)  # Steps between two points in the curves.
     hang_seconds: float | None = how(default=900.0)  # A worker without a step for so long writes its stacks and ends.
     node_load_seconds: float | None = how(default=10.0)  # Between two points of each node's load; null: none.
-    dollars_per_hour: float | None = how(
-        default=None
-    )  # Of one worker; null: the list price of a known GPU, else no cost.
-    peak_tflops: float | None = how(
-        default=None
-    )  # Of one device, for mfu; null: a known GPU's data sheet, else no mfu.
+    dollars_per_hour: float | None = how(default=None)  # Of one worker; null: a known GPU's list price, else no cost.
+    peak_tflops: float | None = how(default=None)  # Of a device, for mfu; null: a known GPU's data sheet, else no mfu.
 
     def __post_init__(self) -> None:
         if self.hang_seconds is not None and not self.hang_seconds > 0:

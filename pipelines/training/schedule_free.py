@@ -34,9 +34,8 @@ class ScheduleFreeAdamW(torch.optim.Optimizer):
             if not ys:
                 continue
             states = [self._state(parameter) for parameter in ys]
-            clocks = [
-                state[ON_CPU] for state in states
-            ]  # float64 (3,) on the CPU: steps, highest rate, sum of weights.
+            # Each float64 (3,) on the CPU: steps, highest rate, sum of weights.
+            clocks = [state[ON_CPU] for state in states]
             # After a resume that of a parameter of which this rank has no rows is a new one.
             clock = max(clocks, key=lambda each: float(each[0]))
             clock[0] += 1

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines import store
 from pipelines.identity import CannotResume
 from pipelines.progress import progress, say
-from pipelines.training.cluster import choose_placement, connect, nodes, room_for, shown
+from pipelines.training.cluster import nodes, room_for, shown
 from pipelines.training.job import TrainJob, build_session
 from pipelines.training.names import TrainingError
 from pipelines.training.placement import MakingWay, Patience, Placement, count_room
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ray.train import UserCallback
     from ray.train.torch import TorchConfig
 
-__all__ = ["choose_placement", "connect", "launch", "room_for", "shown", "train_worker"]
+__all__ = ["launch", "train_worker"]
 
 POLL_SECONDS = 0.5
 LOOK_SECONDS = 2.0  # Between two looks at the cluster's nodes.

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipelines import identity, pretrain, store
-from pipelines.training import worker
+from pipelines.training import cluster, worker
 from tests.chaos.conftest import SAMPLES
 from tests.chaos.nodes import Raylet, wait_for
 from tests.chaos.strikes import ROUNDS, SLOW, draw, struck
@@ -32,8 +32,8 @@ def test_workers_go_on_without_a_node_and_with_a_new_one(
     number: int,
 ) -> None:
     moment = draw(capsys).randrange(10, 40)
-    worker.connect()
-    share = 0.75 * worker.shown()[0] / 2  # Two workers fit on the head, whatever machine this is, and never three.
+    cluster.connect()
+    share = 0.75 * cluster.shown()[0] / 2  # Two workers fit on the head, whatever machine this is, and never three.
     given = recipe_of(
         seed=200 + number + 10 * (end == "drained"),
         train={"total_steps": STEPS},

@@ -24,16 +24,6 @@ DATA = np.random.default_rng(1).bytes(3_000_000)
 
 
 @pytest.fixture
-def proxy(stack: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    """In front of the real object store, for this process alone."""
-    with FaultProxy(stack.s3_endpoint) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        s3._clients.clear()
-        yield proxy
-    s3._clients.clear()
-
-
-@pytest.fixture
 def uri(stack: Any) -> str:
     uri = store.join(store.root(), "signed", f"{time.time_ns()}", "a b+ü.tar")
     store.write(uri, DATA)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,6 @@ from .proxy import Fault, FaultProxy, Kind
 
 pytestmark = pytest.mark.stack
 DATA = np.random.default_rng(0).bytes(3_000_000)
-
-
-@pytest.fixture
-def proxy(stack: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    """In front of the real object store, for this process alone."""
-    with FaultProxy(stack.s3_endpoint) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        s3._clients.clear()
-        yield proxy
-    s3._clients.clear()
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ def files_of(base: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def cluster(stack: Any) -> None:
-    from pipelines.training.worker import connect
+    from pipelines.training.cluster import connect
 
     connect()
 

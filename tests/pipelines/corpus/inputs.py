@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pipelines.corpus.entries import Entries
+from pipelines.corpus.fetch import Planned
+
 
 def picture(
     number: int, size: tuple[int, int] = (12, 10), kind: str = "PNG", mode: str = "RGB", **options: Any
@@ -113,3 +116,9 @@ def tar_folder(folder: Path, tars: int = 3, samples: int = 10) -> Path:
             ]
         (folder / f"some-{shard:03d}.tar").write_bytes(tar_bytes(members))
     return folder
+
+
+def planned(entries: Entries) -> list[Planned]:
+    """Its samples as the plan has them, all with label 0."""
+    columns = (entries.path, entries.uri, entries.offset, entries.size, entries.etag, [0] * len(entries))
+    return [Planned(*row) for row in zip(*columns, strict=True)]

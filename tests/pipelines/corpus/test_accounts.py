@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipelines import index, shard, subset
+from pipelines import index, mix, shard, subset
 from pipelines.corpus.errors import ManifestError
 from pipelines.corpus.grow import exclude
 from pipelines.corpus.manifest import Corpus, open_corpus
@@ -104,6 +104,22 @@ def test_a_stage_that_is_reused_gives_its_own_account_back(tmp_path: Path, monke
     assert [one.metrics["rejected"] for one in results] == [0, 1] and results[0].uri == results[1].uri
     (source / "cat" / "bad.jpg").unlink()
     assert shard.run(recipe(source, base)).reused and open_corpus(f"{base}@current").head.rejected == {}
+
+
+def test_current_is_what_the_last_subset_or_mixture_asked_for_also_if_it_is_reused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIT_ROOT", str(tmp_path / "root"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    corpus = make_corpus(recipe(class_folders(tmp_path / "s", {"cat": 20, "dog": 20}), tmp_path / "c"))
+    values: dict[str, Any] = {"destination": str(tmp_path / "d"), "materialise": "never"}
+    half = SubsetRecipe(corpus=corpus.reference, fraction=0.5, **values)
+    part = mix.MixPart(corpus=corpus.reference)
+    both = mix.MixRecipe(corpora={"one": part, "two": part}, **values)
+    for run in [partial(subset.run, half), partial(mix.run, both)] * 2:
+        result = run()
+        assert open_corpus(f"{tmp_path / 'd'}@current").reference == result.uri
+    assert result.reused
 
 
 def test_a_subset_that_takes_everything_leaves_the_account_of_its_corpus(tmp_path: Path) -> None:

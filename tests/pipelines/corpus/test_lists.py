@@ -7,9 +7,7 @@ import io
 import json
 import os
 import weakref
-from collections import Counter
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ from pipelines.corpus.resize import ResizeConfig, shrink
 from pipelines.corpus.sources import open_source
 from pipelines.shard import ShardRecipe, make_corpus
 
-from .inputs import class_folders, picture, tar_folder
+from .inputs import class_folders, picture
 
 
 def shard(source: Path, base: Path, **settings: Any) -> Corpus:
@@ -195,21 +193,6 @@ def test_copies_are_found_in_turns_as_at_once(tmp_path: Path, monkeypatch: pytes
 
 
 # Shuffling over all tars ---------------------------------------------------------------------------------------------
-
-
-def test_images_of_all_tars_are_shuffled_together_in_two_passes(tmp_path: Path) -> None:
-    source = tar_folder(tmp_path / "s", tars=9, samples=20)
-    whole, mixed = shard(source, tmp_path / "a"), shard(source, tmp_path / "b", shuffle=True)
-
-    def contents(corpus: Corpus) -> Counter[Any]:
-        return Counter((row["content"], row["label"]) for row in corpus.samples("train").to_pylist())
-
-    assert contents(whole) == contents(mixed) and mixed.digest != whole.digest
-    tars = [row["source"].split("/")[0] for row in mixed.samples("train").to_pylist()]
-    assert sum(a != b for a, b in pairwise(tars)) > 120  # Of 179 neighbours.
-    assert len(set(tars[:20])) > 5
-    with pytest.raises(CorpusError, match="shuffle has no effect"):
-        shard(class_folders(tmp_path / "f", {"cat": 3, "dog": 3}), tmp_path / "c", shuffle=True)
 
 
 def test_a_corpus_is_a_source_whose_images_are_checked_by_their_hash(tmp_path: Path) -> None:

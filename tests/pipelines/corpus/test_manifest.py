@@ -10,13 +10,14 @@ import pyarrow.compute as pc
 import pytest
 
 from pipelines import store
-from pipelines.corpus.commit import commit, current_etag, write_table
+from pipelines.corpus.commit import commit, current_etag
 from pipelines.corpus.errors import CorpusError
 from pipelines.corpus.images import ImageRejected
 from pipelines.corpus.manifest import Corpus, ManifestError, corpus_digest, open_corpus
 from pipelines.corpus.parts import PART_ROWS
 from pipelines.corpus.rows import shard_rows
 from pipelines.corpus.small import write_corpus
+from pipelines.corpus.tables import write_table
 
 from .inputs import picture
 
@@ -90,7 +91,7 @@ def test_pages_lead_to_the_bytes_of_their_samples(corpus: Corpus) -> None:
 def test_the_sample_table_is_read_by_slices_of_several_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert PART_ROWS >= 100_000
     monkeypatch.setattr("pipelines.corpus.parts.PART_ROWS", 22)
-    monkeypatch.setattr("pipelines.corpus.parts.GROUP_ROWS", 5)
+    monkeypatch.setattr("pipelines.corpus.tables.GROUP_ROWS", 5)
     corpus = write_corpus(tmp_path / "c", images(), shard_samples=7)
     assert len(list(tmp_path.rglob("samples/*.parquet"))) > 2
     for split in corpus.splits:

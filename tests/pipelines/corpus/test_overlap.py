@@ -14,6 +14,7 @@ from pipelines.corpus.manifest import Corpus
 from pipelines.corpus.small import write_corpus
 from pipelines.mix import MixPart, MixRecipe, make_mix
 from pipelines.subset import SubsetRecipe, make_subset
+from pipelines.verify import VerifyRecipe, verify
 
 from .inputs import picture
 
@@ -49,6 +50,7 @@ def test_what_two_parts_hold_is_one_sample(kind: str, corpus: Corpus, tmp_path: 
             together += times(one, "train")
         assert times(mixed, "train") == together
         assert times(mixed, "test") == times(corpus, "test")
+        assert verify(VerifyRecipe(corpus=mixed.reference, num_workers=0)).counts == {}
 
 
 def test_an_image_with_two_labels_is_refused_and_one_part_may_leave_it_out(corpus: Corpus, tmp_path: Path) -> None:

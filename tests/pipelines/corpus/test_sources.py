@@ -1,30 +1,24 @@
 from __future__ import annotations
 
-import gzip
 import io
 import os
 import shutil
 import tarfile
-import tracemalloc
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 
-from pipelines.corpus.entries import Entries
-from pipelines.corpus.errors import SourceError
-from pipelines.corpus.fetch import Planned, fetch, read_source
-from pipelines.corpus.idx import encode_png
-from pipelines.corpus.images import inspect_image
+from pipelines.corpus.errors import CorpusError, SourceError
+from pipelines.corpus.fetch import fetch, read_source
 from pipelines.corpus.listing import local_etag
+from pipelines.corpus.manifest import Corpus
 from pipelines.corpus.sources import open_source, split_from_name
+from pipelines.shard import ShardRecipe, make_corpus
 
-from .inputs import class_folders, idx_folder, idx_images, idx_labels, picture, tar_bytes, tar_folder
-
-
-def planned(entries: Entries) -> list[Planned]:
-    columns = (entries.path, entries.uri, entries.offset, entries.size, entries.etag, [0] * len(entries))
-    return [Planned(*row) for row in zip(*columns, strict=True)]
+from .inputs import class_folders, idx_folder, picture, planned, tar_bytes, tar_folder
 
 
 def test_class_folders_give_one_entry_a_file(tmp_path: Path) -> None:
@@ -137,67 +131,6 @@ def test_a_mistyped_folder_names_the_nearest(tmp_path: Path) -> None:
 )
 def test_a_split_is_a_whole_word_of_the_file_name(name: str, split: str | None) -> None:
     assert split_from_name(name) == split
-
-
-# IDX ----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("packed", [True, False])
-def test_idx_rows_become_png_without_loss(packed: bool, tmp_path: Path) -> None:
-    from vit_model.preprocess import decode_image
-
-    base = idx_folder(tmp_path / "s", packed=packed)
-    entries = open_source(str(base)).entries()
-    assert [entries.split.count(name) for name in ("train", "test")] == [60, 20]
-    assert set(entries.label) == {0, 1, 2, 3}
-    assert entries.path[0].startswith("t10k-images-idx3-ubyte/")  # The same name packed or not.
-    images = np.random.default_rng(0).integers(0, 256, (60, 9, 7), dtype=np.uint8)
-    files = list(fetch("idx", planned(entries)))[20:]
-    for image, data in zip(images, files, strict=True):
-        assert isinstance(data, bytes)
-        facts = inspect_image(data)
-        assert (facts.extension, facts.width, facts.height) == ("png", 7, 9)
-        assert np.array_equal(decode_image(data, 1)[0].numpy(), image)
-
-
-def test_a_file_of_names_gives_idx_classes_their_names(tmp_path: Path) -> None:
-    base = idx_folder(tmp_path / "s")
-    (base / "classes.txt").write_text("zero\none\n\ntwo\nthree\n")
-    assert open_source(str(base)).entries().class_names == ("zero", "one", "two", "three")
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (3, 200), (28, 28)])
-def test_the_hand_made_png_is_read_by_pillow(shape: tuple[int, int]) -> None:
-    from PIL import Image
-
-    image = np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(encode_png(image)))), image)
-
-
-@pytest.mark.parametrize(
-    "name, data, words",
-    [
-        ("train-images-idx3-ubyte", b"nonsense" * 10, "no IDX file of images"),
-        ("train-images-idx3-ubyte", b"\x1f\x8b" + b"x" * 50, "damaged gzip"),
-        ("train-images-idx3-ubyte", idx_images(np.zeros((5, 2, 2))), "they must agree"),
-        ("train-labels-idx1-ubyte", idx_labels(np.zeros(60), packed=False)[:-3], "says 60 labels and has 57"),
-        ("train-labels-idx1-ubyte", b"", "no IDX file of labels"),
-    ],
-)
-def test_a_damaged_idx_file_is_named(name: str, data: bytes, words: str, tmp_path: Path) -> None:
-    base = idx_folder(tmp_path / "s", packed=False)
-    (base / name).write_bytes(data)
-    with pytest.raises(SourceError, match=words):
-        open_source(str(base)).entries()
-
-
-def test_an_idx_file_that_ends_early_is_noticed_when_it_is_read(tmp_path: Path) -> None:
-    base = idx_folder(tmp_path / "s", packed=False)
-    images = base / "train-images-idx3-ubyte"
-    images.write_bytes(images.read_bytes()[:-1])
-    entries = open_source(str(base)).entries()
-    with pytest.raises(SourceError, match="says 60 images"):
-        list(fetch("idx", planned(entries)))
 
 
 # Tars ---------------------------------------------------------------------------------------------------------------
@@ -319,48 +252,9 @@ def test_links_that_lead_round_or_nowhere_are_counted(tmp_path: Path) -> None:
     assert len(entries) == 6 and dict(entries.ignored) == {"broken_symlink": 3}
 
 
-@pytest.mark.parametrize("name", ["classes.txt", "train-labels-idx1-ubyte.gz", "train-images-idx3-ubyte.gz"])
-def test_a_file_of_idx_that_cannot_be_read_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = idx_folder(tmp_path / "s")
-    (base / "classes.txt").write_text("a\nb\nc\nd\n")
-    source = open_source(str(base))
-
-    def failing(status: os.stat_result) -> str:
-        if status.st_ino == (base / name).stat().st_ino:
-            raise OSError(5, "Input/output error")
-        return local_etag(status)
-
-    monkeypatch.setattr("pipelines.corpus.fetch.local_etag", failing)
-    with pytest.raises(SourceError, match=f"cannot read .*/{name}: Input/output error"):
-        source.entries()
-
-
-def test_a_class_that_is_named_twice_beside_idx_files_is_an_error(tmp_path: Path) -> None:
-    base = idx_folder(tmp_path / "s")
-    (base / "classes.txt").write_text("a\nb\nb\nc\n")
-    with pytest.raises(SourceError, match=r"classes.txt names 'b' twice"):
-        open_source(str(base)).entries()
-
-
 def test_a_file_is_read_no_further_than_its_size(tmp_path: Path) -> None:
     device = Path("/dev/zero")
     assert read_source(str(device), local_etag(device.stat())) == b""
-
-
-@pytest.mark.parametrize("name", ["train-labels-idx1-ubyte.gz", "train-images-idx3-ubyte.gz"])
-def test_a_packed_file_is_unpacked_no_further_than_its_header_says(name: str, tmp_path: Path) -> None:
-    base = idx_folder(tmp_path / "s")
-    data = gzip.decompress((base / name).read_bytes())
-    (base / name).write_bytes(gzip.compress(data + bytes(200_000_000), 1))
-    tracemalloc.start()
-    with pytest.raises(SourceError, match=f"{name} says 60 .*; fetch it again"):
-        entries = open_source(str(base)).entries()
-        list(fetch("idx", planned(entries)))
-    assert tracemalloc.get_traced_memory()[1] < 20_000_000
-    tracemalloc.stop()
-    (base / name).write_bytes(gzip.compress(data)[:-20])
-    with pytest.raises(SourceError, match=name):
-        list(fetch("idx", planned(open_source(str(base)).entries())))
 
 
 @pytest.mark.parametrize("layout", ["{name}", "train/{name}"])
@@ -384,3 +278,28 @@ def test_a_class_whose_images_have_no_endings_stays_a_class(tmp_path: Path) -> N
     (tmp_path / "owl").mkdir()
     (tmp_path / "owl" / "0001").write_bytes(picture(1))
     assert set(open_source(str(tmp_path)).entries().labels) == {"cat", "dog", "owl"}
+
+
+def test_images_of_all_tars_are_shuffled_together_in_two_passes(tmp_path: Path) -> None:
+    source = tar_folder(tmp_path / "s", tars=9, samples=20)
+
+    def shard(source: Path, base: Path, **settings: Any) -> Corpus:
+        values: dict[str, Any] = {
+            "source": str(source),
+            "destination": str(base),
+            "shard_bytes": 3000,
+            "num_workers": 0,
+        } | settings
+        return make_corpus(ShardRecipe(**values))
+
+    whole, mixed = shard(source, tmp_path / "a"), shard(source, tmp_path / "b", shuffle=True)
+
+    def contents(corpus: Corpus) -> Counter[Any]:
+        return Counter((row["content"], row["label"]) for row in corpus.samples("train").to_pylist())
+
+    assert contents(whole) == contents(mixed) and mixed.digest != whole.digest
+    tars = [row["source"].split("/")[0] for row in mixed.samples("train").to_pylist()]
+    assert sum(a != b for a, b in pairwise(tars)) > 120  # Of 179 neighbours.
+    assert len(set(tars[:20])) > 5
+    with pytest.raises(CorpusError, match="shuffle has no effect"):
+        shard(class_folders(tmp_path / "f", {"cat": 3, "dog": 3}), tmp_path / "c", shuffle=True)

@@ -28,7 +28,6 @@ from pipelines.reader.loader import AugmentConfig, ReaderConfig, eval_batches, t
 from pipelines.shard import ShardRecipe, make_corpus
 from pipelines.store import local
 from pipelines.subset import SubsetRecipe, make_subset
-from pipelines.verify import VerifyRecipe, verify
 from vit_model.preprocess import InputSpec
 
 from .inputs import class_folders, picture, tar_bytes
@@ -447,91 +446,6 @@ def test_a_weighted_part_without_an_image_in_the_split_is_named(part: dict[str, 
         make_mix(recipe, corpora)
 
 
-@pytest.mark.parametrize("name", ["mistyped", "photos@0123456789ab"])
-def test_withdrawing_from_what_is_no_corpus_leaves_nothing_behind(name: str, tmp_path: Path) -> None:
-    from pipelines.corpus.command import main
-
-    write(tmp_path / "photos")
-    (tmp_path / "list.txt").write_text("a/0.png\n")
-    with pytest.raises(CorpusError, match="no corpus"):
-        main(["exclude", str(tmp_path / name), str(tmp_path / "list.txt")], lambda: None)
-    assert {path.name for path in tmp_path.iterdir()} == {"photos", "list.txt"}
-
-
-def test_a_takedown_list_may_begin_with_a_byte_order_mark_and_must_be_utf8(tmp_path: Path) -> None:
-    from pipelines.corpus.command import main
-
-    corpus = write(tmp_path / "photos")
-    first, second = corpus.samples("train")["source"].to_pylist()[:2]
-    listed = tmp_path / "list.txt"
-    listed.write_bytes(b"\xef\xbb\xbf" + first.encode() + b"\r\n" + second.encode())
-    assert main(["exclude", str(tmp_path / "photos"), str(listed)], lambda: None) == 0
-    assert open_corpus(f"{corpus.uri}@current").head.rejected == {"withdrawn": 2}
-    listed.write_bytes(b"a/1.png\ncaf\xe9.png\n")
-    with pytest.raises(CorpusError, match=r"list.txt is not UTF-8 \(byte 11\)"):
-        main(["exclude", str(tmp_path / "photos"), str(listed)], lambda: None)
-
-
-def copied(folder: Path, duplicates: Any) -> Corpus:
-    source = class_folders(folder / "s", {"train/a": 4, "train/b": 4, "test/a": 2, "test/b": 2})
-    for number, name in enumerate(("train/b/copy.png", "test/a/leak.png")):
-        (source / name).write_bytes((source / "train" / "a" / f"000{2 * number}.png").read_bytes())
-    return make_corpus(
-        ShardRecipe(source=str(source), destination=str(folder / "c"), duplicates=duplicates, num_workers=0)
-    )
-
-
-def test_copies_are_counted_anew_when_images_are_withdrawn(tmp_path: Path) -> None:
-    corpus = copied(tmp_path, "keep")
-    assert corpus.head.duplicates == {"images": 2, "across_splits": 1, "across_classes": 1}
-    other = exclude(f"{corpus.uri}@current", ["train/a/0001.jpg"])
-    assert other.head.duplicates == corpus.head.duplicates
-    assert exclude(f"{corpus.uri}@current", ["train/a/0002.png"]).head.duplicates == {"images": 1, "across_classes": 1}
-
-
-def test_a_withdrawn_picture_that_comes_under_another_name_is_told(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    corpus = copied(tmp_path, "quarantine")
-    put_away = {row["source"] for row in corpus.quarantine().to_pylist()}
-    (hidden,) = put_away & {"train/a/0000.png", "train/b/copy.png"}
-    (shown,) = {"train/a/0000.png", "train/b/copy.png"} - put_away
-    made = exclude(f"{corpus.uri}@current", [hidden])
-    assert f"1 images of the same bytes as withdrawn ones go on coming, such as {shown}" in caplog.text
-    assert made.splits == corpus.splits and made.head.rejected == {"duplicate": 1, "withdrawn": 1}
-    caplog.clear()
-    made = exclude(f"{corpus.uri}@current", [hidden, shown])
-    assert "go on coming" not in caplog.text and made.head.rejected == {"duplicate": 1, "withdrawn": 2}
-    assert made.splits["train"] == corpus.splits["train"] - 1
-    assert open_corpus(f"{corpus.uri}@current").head == made.head
-
-
-def test_the_same_tars_appended_to_an_indexed_corpus_are_in_it(tmp_path: Path) -> None:
-    from pipelines.corpus.errors import CorpusError
-    from pipelines.index import IndexRecipe, adopt_tars
-
-    def tar(number: int, count: int = 20) -> None:
-        members = [
-            m for i in range(count) for m in ((f"{i}.png", picture(100 * number + i)), (f"{i}.cls", b"%d" % (i % 2)))
-        ]
-        (tmp_path / "t" / f"{number}.tar").write_bytes(tar_bytes(members))
-
-    def append() -> Corpus:
-        values = {"source": str(tmp_path / "t"), "destination": str(tmp_path / "c"), "append": True, "num_workers": 0}
-        return make_corpus(ShardRecipe(**values))
-
-    (tmp_path / "t").mkdir()
-    tar(0)
-    first = adopt_tars(IndexRecipe(source=str(tmp_path / "t"), destination=str(tmp_path / "c"), num_workers=0)).corpus
-    assert append().digest == first.digest
-    tar(1)
-    grown = append()
-    assert grown.splits == {"train": 40} and grown.head.ignored == {"in_parent": 20} and grown.head.duplicates == {}
-    (tmp_path / "t" / "0.tar").write_bytes((tmp_path / "t" / "1.tar").read_bytes())
-    with pytest.raises(CorpusError, match=r"20 images have changed .*0.tar/0.png"):
-        append()
-
-
 def test_a_long_line_of_versions_is_shown_in_order(tmp_path: Path) -> None:
     corpus = write(tmp_path / "c")
     digests = [corpus.digest, *(f"{i:064x}" for i in range(1500, 0, -1))]
@@ -558,45 +472,6 @@ def test_rows_of_scattered_shards_of_another_version_are_read_as_one(
     monkeypatch.setattr(local, "read", read)
     assert open_corpus(made.reference).samples("train").num_rows == 20
     assert reads["head.json"] == 2 and sum(reads.values()) < 30
-
-
-def test_a_withdrawn_image_does_not_come_back_when_the_source_is_sharded_again(tmp_path: Path) -> None:
-    source = class_folders(tmp_path / "s", {"a": 6, "b": 6})
-
-    def make(**more: Any) -> Corpus:
-        return make_corpus(ShardRecipe(source=str(source), destination=str(tmp_path / "c"), num_workers=0, **more))
-
-    first = make()
-    withdrawn = exclude(f"{first.uri}@current", ["a/0001.jpg"])
-    (source / "b" / "new.png").write_bytes(picture(500))
-    assert make(append=True).splits == {"train": 12} == make().splits
-    assert withdrawn.splits == {"train": 11}
-    (source / "a" / "0001.jpg").unlink()
-    assert make().splits == {"train": 12}
-
-
-def test_a_mixture_of_parts_that_share_images_is_written_with_their_times_added(tmp_path: Path) -> None:
-    corpus = write(tmp_path / "c")
-    half = make_subset(
-        SubsetRecipe(corpus=corpus.reference, destination=str(tmp_path / "half"), fraction=0.5, materialise="never"),
-        corpus,
-    )
-
-    def mixed(materialise: Any, **classes: Any) -> Corpus:
-        parts = {"x": MixPart(corpus=corpus.reference), "y": MixPart(corpus=half.reference, **classes)}
-        name = str(tmp_path / f"mix-{materialise}")
-        recipe = MixRecipe(corpora=parts, destination=name, materialise=materialise, num_workers=0)
-        return make_mix(recipe, {"x": corpus, "y": half})
-
-    def often(one: Corpus, split: str) -> Counter[bytes]:
-        return Counter(one.samples(split)["content"].to_pylist())
-
-    view, written = mixed("never"), mixed("always")
-    for split in view.splits:
-        assert often(written, split) == often(view, split)
-    assert verify(VerifyRecipe(corpus=written.reference, num_workers=0)).counts == {}
-    with pytest.raises(CorpusError, match="give them different labels"):
-        mixed("always", classes={"a": "other"})
 
 
 def test_an_append_of_nothing_but_new_images_counts_none_as_known(tmp_path: Path) -> None:

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from pipelines.config import from_dict
+from pipelines.corpus.command import main
 from pipelines.corpus.commit import point_to_finished
 from pipelines.corpus.errors import CorpusError
 from pipelines.corpus.grow import exclude, versions
 from pipelines.corpus.manifest import Corpus, open_corpus
 from pipelines.corpus.withdrawn import look_at
+from pipelines.identity import StageResult
 from pipelines.index import IndexRecipe, adopt_tars
 from pipelines.shard import ShardRecipe, make_corpus
 from pipelines.subset import SubsetRecipe, make_subset
@@ -41,6 +43,7 @@ def test_a_corpus_that_is_sharded_again_keeps_its_withdrawn_images_out(tmp_path:
     again = shard(source, base)
     assert again == current(base) and again.digest == without.digest  # The same source: nothing has changed.
     (source / "b" / "new.png").write_bytes(picture(99))
+    assert sum(shard(source, base, append=True).splits.values()) == 10
     grown = shard(source, base)
     assert sum(grown.splits.values()) == 10 and "a/0000.png" not in paths(grown) and "b/new.png" in paths(grown)
     assert grown.head.rejected == {"withdrawn": 1}
@@ -64,8 +67,9 @@ def test_a_withdrawal_is_an_input_of_the_run_and_one_that_comes_in_between_is_no
     assert seen.inputs == {} and seen.version == first
     exclude(f"{base}@current", ["a/0000.png"])
     assert look_at(str(base)).inputs.keys() == {"withdrawn"}
+    finished = StageResult("shard", first.reference, "0" * 64, reused=True)
     with pytest.raises(CorpusError, match="was moved by another writer"):
-        point_to_finished(first.reference, "", "shard", seen.current)  # A finished run that is reused.
+        point_to_finished(finished, seen.current)
     (source / "b" / "new.png").write_bytes(picture(99))
     values: dict[str, Any] = {"source": str(source), "destination": str(base), "num_workers": 0}
     with pytest.raises(CorpusError, match="by another writer"):
@@ -157,3 +161,56 @@ def test_versions_are_those_that_were_current_however_many_they_are(tmp_path: Pa
         (base / "manifests" / digest / "head.json").write_text(json.dumps(head | {"digest": digest, "parent": parent}))
         parent = digest
     assert [one.digest for one in versions(str(base))][-1] == parent
+
+
+@pytest.mark.parametrize("name", ["mistyped", "photos@0123456789ab"])
+def test_withdrawing_from_what_is_no_corpus_leaves_nothing_behind(name: str, tmp_path: Path) -> None:
+    shard(class_folders(tmp_path / "s", {"a": 2, "b": 2}), tmp_path / "photos")
+    (tmp_path / "list.txt").write_text("a/0000.png\n")
+    with pytest.raises(CorpusError, match="no corpus"):
+        main(["exclude", str(tmp_path / name), str(tmp_path / "list.txt")], lambda: None)
+    assert {path.name for path in tmp_path.iterdir()} == {"s", "photos", "list.txt"}
+
+
+def test_a_takedown_list_may_begin_with_a_byte_order_mark_and_must_be_utf8(tmp_path: Path) -> None:
+    corpus = shard(class_folders(tmp_path / "s", {"a": 2, "b": 2}), tmp_path / "photos")
+    first, second = corpus.samples("train")["source"].to_pylist()[:2]
+    listed = tmp_path / "list.txt"
+    listed.write_bytes(b"\xef\xbb\xbf" + first.encode() + b"\r\n" + second.encode())
+    assert main(["exclude", str(tmp_path / "photos"), str(listed)], lambda: None) == 0
+    assert open_corpus(f"{corpus.uri}@current").head.rejected == {"withdrawn": 2}
+    listed.write_bytes(b"a/1.png\ncaf\xe9.png\n")
+    with pytest.raises(CorpusError, match=r"list.txt is not UTF-8 \(byte 11\)"):
+        main(["exclude", str(tmp_path / "photos"), str(listed)], lambda: None)
+
+
+def copied(folder: Path, duplicates: Any) -> Corpus:
+    source = class_folders(folder / "s", {"train/a": 4, "train/b": 4, "test/a": 2, "test/b": 2})
+    for number, name in enumerate(("train/b/copy.png", "test/a/leak.png")):
+        (source / name).write_bytes((source / "train" / "a" / f"000{2 * number}.png").read_bytes())
+    return shard(source, folder / "c", duplicates=duplicates)
+
+
+def test_copies_are_counted_anew_when_images_are_withdrawn(tmp_path: Path) -> None:
+    corpus = copied(tmp_path, "keep")
+    assert corpus.head.duplicates == {"images": 2, "across_splits": 1, "across_classes": 1}
+    other = exclude(f"{corpus.uri}@current", ["train/a/0001.jpg"])
+    assert other.head.duplicates == corpus.head.duplicates
+    assert exclude(f"{corpus.uri}@current", ["train/a/0002.png"]).head.duplicates == {"images": 1, "across_classes": 1}
+
+
+def test_a_withdrawn_picture_that_comes_under_another_name_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    corpus = copied(tmp_path, "quarantine")
+    put_away = {row["source"] for row in corpus.quarantine().to_pylist()}
+    (hidden,) = put_away & {"train/a/0000.png", "train/b/copy.png"}
+    (shown,) = {"train/a/0000.png", "train/b/copy.png"} - put_away
+    made = exclude(f"{corpus.uri}@current", [hidden])
+    assert f"1 images of the same bytes as withdrawn ones go on coming, such as {shown}" in caplog.text
+    assert made.splits == corpus.splits and made.head.rejected == {"duplicate": 1, "withdrawn": 1}
+    caplog.clear()
+    made = exclude(f"{corpus.uri}@current", [hidden, shown])
+    assert "go on coming" not in caplog.text and made.head.rejected == {"duplicate": 1, "withdrawn": 2}
+    assert made.splits["train"] == corpus.splits["train"] - 1
+    assert open_corpus(f"{corpus.uri}@current").head == made.head

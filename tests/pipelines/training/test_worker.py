@@ -11,7 +11,7 @@ import pytest
 
 from pipelines import identity, store
 from pipelines.reader.loader import ReaderConfig
-from pipelines.training import worker
+from pipelines.training import cluster, worker
 from pipelines.training.config import WorkerConfig
 from pipelines.training.names import TrainingError
 from pipelines.training.placement import Placement
@@ -35,7 +35,7 @@ def test_a_final_error_of_rank_one_does_not_leave_rank_zero_waiting(
     stack: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     own_root(monkeypatch)
-    worker.connect()
+    cluster.connect()
     monkeypatch.setattr(worker, "train_worker", fail_beside_a_waiting_rank)
     own = attempt("f" * 64, stage="pretrain")
     job = Job(own)
