@@ -40,7 +40,7 @@ from large_manifest import manifest  # noqa: E402
 PROCESSES = 2
 DISTINCT = 60  # Photos; files of one photo differ in a comment.
 WARM_BYTES = 20_000_000
-QUICK_BYTES = 280_000_000
+QUICK_BYTES = 200_000_000
 
 
 def say(text: str) -> None:
